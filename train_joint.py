@@ -1,0 +1,128 @@
+"""Steps 2 and 3 of MMLoRA: freeze the fine-tuned uni-modal models, add rank-1 matrices (Eq. 2), train only those on the averaged prediction (Eq. 3).
+
+    python train_joint.py                                             # the toy: every step of the method in a minute
+    python train_joint.py --dataset crema_d --lora audio              # the paper's setting for CREMA-D
+    python train_joint.py --dataset ave --rank 4                      # Table 10
+    python train_joint.py --dataset ave --tune full                   # "Fully Fine-tuned UME", Table 5
+    python train_joint.py --dataset ave --no-umft                     # App. C: LoRA straight on the pre-trained encoders
+
+Uni-modal models that are missing are trained first (step 1, `train_unimodal.py`). Epoch 0 of this script is the Uni-Modal Ensemble (UME): with B = 0
+the adapted models are the uni-modal ones, so validation can only choose to stay there or to improve. Test is used once, at the end.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+import checkpoints
+import data
+import evaluate
+import paper
+import train_unimodal
+from lora import add_lora, lora_state_dict, mean_logits, mean_prob_loss
+
+METHODS = {"mmlora": "MMLoRA", "full": "Fully fine-tuned UME", "no-umft": "MMLoRA without UMFT"}
+
+
+def train(args, seed: int) -> checkpoints.Run:
+    """Train all missing uni-modal models, then the joint one; or return its run if it is finished already."""
+    folder, info = train_unimodal.open_data(args, seed)
+    setting, modalities = paper.settings_for(args.dataset), list(info["modalities"])
+    if len(modalities) < 2:
+        raise ValueError(f"{args.dataset} has only {modalities[0]}: joint training needs two modalities or more")
+    lora = tuple(modalities) if args.lora == ["all"] else tuple(args.lora or setting["lora"] or modalities)
+    if unknown := set(lora) - set(modalities):
+        raise ValueError(f"--lora {' '.join(sorted(unknown))}: {args.dataset} has {', '.join(modalities)}, or all")
+    default = paper.encoders_for(args.dataset)
+    encoders = {m: train_unimodal.of_modality(args.encoder, m, default[m]) for m in modalities}
+
+    method = "full" if args.tune == "full" else "no-umft" if args.no_umft else "mmlora"
+    settings = dict(method=method, dataset=args.dataset, seed=seed, encoders=encoders, fusion=args.fusion,
+                    epochs=args.epochs or setting["epochs"], batch_size=args.batch_size or setting["batch_size"],
+                    lr=args.lr or paper.joint_lr(args.dataset, encoders, args.tune), precision=train_unimodal.precision(args), classes=info["classes"])
+    if args.tune == "lora":
+        settings.update(lora=sorted(lora), rank=args.rank)
+    if args.no_umft:
+        unimodal = {}
+        settings["pretrained"] = {m: train_unimodal.pretrained_of(args, m, encoders[m]) for m in modalities}
+    else:                                                                     # --- step 1, Eq. 1 ---
+        unimodal = {m: train_unimodal.train(args, m, seed, args.umft_epochs, args.umft_lr) for m in modalities}
+        settings["unimodal"] = {m: dict(run=r.folder.name, sha256=checkpoints.sha256(r.folder / "model.safetensors")) for m, r in unimodal.items()}
+    name = method if args.tune == "full" else f"{method}-{'all' if len(lora) == len(modalities) else '+'.join(lora)}-r{args.rank}"
+    name += "".join(f"-{encoders[m]}" for m in modalities if encoders[m] != default[m]) + ("-logits" if args.fusion == "logits" else "")
+    run = checkpoints.Run(Path(args.out) / args.dataset / f"{name}-s{seed}", settings)
+    if run.result:
+        return run
+
+    torch.manual_seed(seed)
+    models = torch.nn.ModuleDict()
+    for m in modalities:
+        if args.no_umft:
+            models[m] = train_unimodal.pretrained_model(settings["pretrained"][m], encoders[m], info, m)
+        else:
+            models[m] = checkpoints.new_model(encoders[m], info, m)
+            models[m].load_state_dict({k.removeprefix(f"{m}."): v for k, v in unimodal[m].tensors("model.safetensors").items()})
+        if args.tune == "lora":                                               # --- step 2, Eq. 2 ---
+            add_lora(models[m], args.rank) if m in lora else models[m].requires_grad_(False)
+            if args.no_umft:
+                models[m].head.requires_grad_(True)                           # nobody has trained it yet
+    models.to(args.device)
+
+    def objective(x, y):                                                      # --- step 3, Eq. 3 ---
+        z = {m: models[m](x[m]) for m in modalities}                          # P_m(y|x) = softmax(z_m), with W0 + BA inside
+        if args.fusion == "logits":
+            return mean_prob_loss(mean_logits(z), y), z
+        return mean_prob_loss(z, y), z                                        # -log (1/M) sum_m P_m(y|x)
+
+    stored = (lambda: lora_state_dict(models)) if method == "mmlora" else None          # A and B are all that the uni-modal runs lack
+    state = train_unimodal.fit(args, run, models, objective, info, folder, setting, args.fusion, stored)
+    result = dict(method=method, dataset=args.dataset, seed=seed, fusion=args.fusion, encoders=encoders,
+                  **train_unimodal.final_scores(args, run, models, info, folder, setting), best_epoch=state["best_epoch"],
+                  trained_parameters=sum(p.numel() for p in models.parameters() if p.requires_grad), seconds=state["seconds"],
+                  peak_memory_mib=train_unimodal.peak_memory_mib(args.device))
+    if unimodal:      # the ensemble the run started from, out of what the uni-modal runs predicted on the same splits
+        result["ume"] = {split: evaluate.all_scores({m: unimodal[m].tensors("logits.safetensors")[f"{split}.{m}"] for m in modalities}, data.Split(folder, split).labels, info)
+                         for split in ("val", "test")}
+    run.finish(result)
+    return run
+
+
+def rows(runs: list[checkpoints.Run]) -> list:
+    """The closing table: every modality alone, their ensemble under both averages, and what joint training made of it."""
+    out, results = [], [r.result for r in runs]
+    if "ume" in results[0]:
+        for m, run in runs[0].settings["unimodal"].items():
+            alone = [checkpoints.read_json(r.folder.parent / r.settings["unimodal"][m]["run"] / "result.json") for r in runs]
+            out.append((f"{m} alone (UMFT)", [(x["test"][m], x) for x in alone]))
+        out += [(f"UME, {name} averaged", [(r["ume"]["test"][rule], None) for r in results]) for rule, name in (("prob", "probabilities"), ("logits", "logits"))]
+    settings = runs[0].settings
+    name = METHODS[settings["method"]] + (f", rank {settings['rank']}, LoRA on {' + '.join(settings['lora'])}" if "rank" in settings else "")
+    return out + [(name + (", logits" if settings["fusion"] == "logits" else ""), [(r["test"][r["fusion"]], r) for r in results])]
+
+
+def main():
+    parser = train_unimodal.common_arguments(argparse.ArgumentParser(description=__doc__))
+    a = parser.add_argument
+    a("--lora", nargs="+", metavar="MODALITY", help="whose models get LoRA: audio, visual, text, flow, or all; default: the paper's choice for the data set")
+    a("--rank", type=int, default=1, help="rank r of the update (Eq. 2)")
+    a("--tune", choices=("lora", "full"), default="lora", help="full: train all weights of the uni-modal models on Eq. 3")
+    a("--no-umft", action="store_true", help="skip step 1 (App. C); the heads are then trained along with LoRA")
+    a("--fusion", choices=("prob", "logits"), default="prob", help="what is averaged, in the loss and at test: Eq. 3 says probabilities")
+    a("--umft-epochs", type=int, help="epochs of uni-modal models that are missing")
+    a("--umft-lr", type=float, help="their learning rate")
+    args = parser.parse_args()
+    if args.tune == "full" and (args.lora or args.no_umft):
+        raise ValueError("--tune full trains all weights of fine-tuned models: it goes with neither --lora nor --no-umft")
+    runs = [train(args, seed) for seed in args.seeds or [args.seed]]
+    table = rows(runs)
+    evaluate.print_table(table, *train_unimodal.open_data(args, runs[0].settings["seed"]))
+    for run in runs if args.plot else ():
+        evaluate.plot(run.folder)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")

@@ -1,0 +1,269 @@
+"""Step 1 of MMLoRA: fine-tune one encoder, with a linear head, on one modality alone (Eq. 1).
+
+    python train_unimodal.py --modality audio                                       # the toy, under a minute on a laptop
+    python train_unimodal.py --dataset crema_d --modality visual                    # OpenCLIP ViT-B/16, learning rate of App. A.1
+    python train_unimodal.py --dataset crema_d --modality audio --encoder resnet18 --pretrained none
+
+Defaults (encoder, learning rate, batch size, epochs, optimiser) are the paper's, from `paper.py`. The epoch with the best validation score
+is kept, the test split is used once, at the end. A run that was killed goes on from its last whole epoch.
+"""
+import argparse
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import checkpoints
+import data
+import evaluate
+import paper
+from lora import mean_prob_loss
+
+
+# ------------------------------------------------------------------------------------------------ optimisation
+class BertAdam(torch.optim.Optimizer):
+    """The optimiser BERT was fine-tuned with (Sec. 4.1.2): Adam without bias correction, with warm-up, decay to zero and clipping inside.
+
+    Gradients are clipped to norm 1 per tensor, not globally; epsilon 1e-6 stands outside the root; weight decay is added to the update and
+    so does not pass through the moments; the learning rate rises linearly for the share `warmup` of `t_total` steps and then falls linearly to
+    0 (the first step has rate 0). warmup or t_total of -1 turn that off. As in pytorch_pretrained_bert 0.6.2, which MMBT trains with.
+    """
+
+    def __init__(self, params, lr: float, warmup: float = -1, t_total: int = -1, weight_decay: float = 0.01):
+        super().__init__(params, dict(lr=lr, warmup=warmup, t_total=t_total, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state.update(step=torch.tensor(0), m=torch.zeros_like(p), v=torch.zeros_like(p))
+                g = p.grad * torch.clamp(1 / (p.grad.norm() + 1e-6), max=1)
+                state["m"].lerp_(g, 0.1)
+                state["v"].lerp_(g * g, 0.001)
+                update = state["m"] / (state["v"].sqrt() + 1e-6) + group["weight_decay"] * p
+                p -= group["lr"] * self.factor(int(state["step"]), group) * update
+                state["step"] += 1
+        return loss
+
+    @staticmethod
+    def factor(step: int, group: dict) -> float:
+        if group["t_total"] < 0:
+            return 1.0
+        x, warmup = step / group["t_total"], group["warmup"]
+        return x / warmup if x < warmup else max((x - 1) / (warmup - 1), 0.0)
+
+
+def make_optimizer(name: str, model: torch.nn.Module, lr: float, weight_decay: float, steps: int) -> torch.optim.Optimizer:
+    """`name`: adamw, bertadam (language) or sgd (optical flow), as Sec. 4.1.2 says. `steps`: of the whole run, for BertAdam's decay."""
+    decayed, spared = [], []
+    for parameter_name, p in model.named_parameters():
+        if p.requires_grad:      # decay pulls towards zero, where a bias or a norm's gain has no reason to be; BA has none to shrink back to W0 either
+            (spared if p.ndim < 2 or parameter_name.endswith(("lora_A", "lora_B")) else decayed).append(p)
+    groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=spared, weight_decay=0.0)]
+    if name == "bertadam":
+        return BertAdam(groups, lr, warmup=0.1, t_total=steps)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr, momentum=0.9)
+    return torch.optim.AdamW(groups, lr, fused=True)
+
+
+def lr_factor(schedule: str, step: int, steps: int, history: list[float]) -> float:
+    """What the learning rate is multiplied with before `step` of `steps`. history: the validation score of every epoch so far.
+
+    "plateau": halved when two epochs in a row brought no improvement (App. A.2). "cosine": 5 % warm-up, then to zero. "constant": 1.
+    """
+    if schedule == "cosine":
+        warmup = max(1, steps // 20)
+        return (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+    factor, best, flat = 1.0, -math.inf, 0
+    for score in history if schedule == "plateau" else ():
+        best, flat = (score, 0) if score > best else (best, flat + 1)
+        if flat == 2:
+            factor, flat = factor / 2, 0
+    return factor
+
+
+# ------------------------------------------------------------------------------------------------ arguments
+def common_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """What every training script takes."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    a = parser.add_argument
+    a("--dataset", default="toy", help="toy, toy_noisy, a data set of the paper, or the name of your own prepared one")
+    a("--seed", type=int, default=0, help="initial weights, order, augmentation; for the toys also the generated world")
+    a("--seeds", type=int, nargs="+", metavar="SEED", help="run all of these and report mean and standard deviation")
+    a("--epochs", type=int, help="default: paper.py")
+    a("--batch-size", type=int, help="default: 64, or 160 for image and text (Sec. 4.1.2)")
+    a("--micro-batch", type=int, help="forward and backward this many samples at a time when the batch does not fit into memory; same gradients")
+    a("--lr", type=float, help="learning rate; default: App. A")
+    a("--encoder", nargs="+", metavar="[MODALITY=]NAME", default=[], help="another backbone than Table 2's, e.g. resnet18, or audio=resnet18")
+    a("--pretrained", nargs="+", metavar="[MODALITY=]PATH", default=[], help="a public checkpoint, or none for random weights; default: the public one, downloaded")
+    a("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    a("--precision", choices=("fp32", "bf16"), help="bf16 = autocast; default: bf16 on cuda, fp32 on the CPU, where bf16 is slower")
+    a("--out", default="runs", help="folder of all runs; results with other settings go to another one")
+    a("--data-root", default="data", help="folder of the prepared data sets")
+    a("--plot", action="store_true", help="draw the training curves into the run's folder (needs matplotlib)")
+    return parser
+
+
+def of_modality(values: list[str], modality: str, default=None):
+    """`["audio=resnet18", "vit_b32"]` -> resnet18 for audio, vit_b32 for all others."""
+    named = dict(v.split("=", 1) for v in values if "=" in v)
+    return named.get(modality, next((v for v in values if "=" not in v), default))
+
+
+def open_data(args, seed: int) -> tuple[Path, dict]:
+    folder = data.find(args.data_root, args.dataset, seed)
+    return folder, json.loads((folder / "dataset.json").read_text())
+
+
+def precision(args) -> str:
+    return args.precision or ("bf16" if args.device.startswith("cuda") else "fp32")
+
+
+def peak_memory_mib(device: str) -> float:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+def fit(args, run: checkpoints.Run, models: torch.nn.ModuleDict, objective, info: dict, folder: Path, setting: dict,
+        fusion: str = "prob", stored=None, optimizer: str = "adamw") -> dict:
+    """Train what requires a gradient in `models` (modality -> UnimodalModel), keep the epoch with the best validation score.
+
+    objective(x, y) -> (loss, logits) is the method: x and logits are dicts over the modalities. `stored()` gives the tensors worth keeping,
+    all of them by default. Epoch 0, before any step, is logged and is a candidate: for MMLoRA it is the uni-modal ensemble.
+    -> the state after the last epoch: `best_epoch`, `seconds`, `first` (the scores of epoch 0). The best weights are in the run's model.safetensors.
+    """
+    train, val = data.Split(folder, "train"), data.Split(folder, "val")
+    device, precision, stored = args.device, run.settings["precision"], stored or models.state_dict
+    epochs, batch_size, seed = (run.settings[k] for k in ("epochs", "batch_size", "seed"))
+    steps_per_epoch = math.ceil(len(train) / batch_size)
+    optimizer = make_optimizer(optimizer, models, run.settings["lr"], setting["weight_decay"], epochs * steps_per_epoch)
+    trained = [m for m in models if any(p.requires_grad for p in models[m].parameters())]
+    logits = {m: evaluate.predict(models[m], val, m, device, setting, precision) for m in models}
+
+    def judge():                                                            # validation scores, and the key that epochs are compared by
+        now = evaluate.all_scores(logits, val.labels, info)
+        chosen = now[fusion if len(models) > 1 else next(iter(models))]
+        return now, [chosen[evaluate.metric(info)], -chosen["loss"]]        # equal accuracy: the lower loss
+
+    tensors, state = run.resume(optimizer)
+    if state:
+        models.load_state_dict(tensors, strict=False)
+    else:
+        first, best = judge()
+        run.log(dict(epoch=0, loss=None, val=first))
+        run.save_tensors("model.safetensors", stored())
+        state = dict(lines=1, best=best, best_epoch=0, history=[], seconds=0.0, first=first)
+    bar = tqdm(total=epochs * steps_per_epoch, initial=len(state["history"]) * steps_per_epoch, desc=f"{args.dataset}: {run.folder.name}", unit="step", dynamic_ncols=True)
+    for epoch in range(state["lines"], epochs + 1):
+        start, rng, seen, total_loss, right = time.time(), data.epoch_rng(seed, epoch), 0, 0.0, 0
+        models.train()                                                      # what is frozen stays in eval mode: see Encoder.train
+        for step, index in enumerate(data.batches(len(train), batch_size, rng), (epoch - 1) * steps_per_epoch):
+            for group in optimizer.param_groups:
+                group["lr"] = run.settings["lr"] * lr_factor(setting["schedule"], step, epochs * steps_per_epoch, state["history"])
+            optimizer.zero_grad()
+            for part in index.split(args.micro_batch or batch_size):        # the gradients of the parts add up to the batch's own
+                x = {m: data.model_input(train, m, part, models[m].encoder, device, setting, rng) for m in models}
+                y = train.labels[part].to(device)
+                with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=precision == "bf16"):
+                    loss, z = objective(x, y)
+                (loss * len(part) / len(index)).backward()
+                seen, total_loss, right = seen + len(part), total_loss + loss.item() * len(part), right + evaluate.count_right(z, y)
+            optimizer.step()
+            bar.update()
+            bar.set_postfix_str(f"loss {total_loss / seen:.3f} train {100 * right / seen:.1f} best val {100 * state['best'][0]:.1f}", refresh=False)
+        logits.update({m: evaluate.predict(models[m], val, m, device, setting, precision) for m in trained})     # the frozen ones' can't have changed
+        now, key = judge()
+        improved = key > state["best"]
+        seconds = time.time() - start
+        state = dict(lines=epoch + 1, best=max(key, state["best"]), best_epoch=epoch if improved else state["best_epoch"],
+                     history=state["history"] + [key[0]], seconds=state["seconds"] + seconds, first=state["first"])
+        run.log(dict(epoch=epoch, loss=total_loss / seen, train=right / seen, val=now, seconds=seconds, samples_per_second=seen / seconds))
+        run.save(stored(), optimizer, state, improved)
+    bar.close()
+    models.load_state_dict(run.tensors("model.safetensors"), strict=False)
+    return state
+
+
+# ------------------------------------------------------------------------------------------------ Eq. 1
+def train(args, modality: str, seed: int, epochs: int | None = None, lr: float | None = None) -> checkpoints.Run:
+    """Fine-tune one modality's encoder, or return its run if that is finished already."""
+    folder, info = open_data(args, seed)
+    if modality not in info["modalities"]:
+        raise ValueError(f"--modality {modality}: {args.dataset} has {', '.join(info['modalities'])}")
+    setting = paper.settings_for(args.dataset)
+    default = paper.encoders_for(args.dataset)[modality]
+    encoder = of_modality(args.encoder, modality, default)
+    settings = dict(method="unimodal", dataset=args.dataset, modality=modality, encoder=encoder, seed=seed, classes=info["classes"],
+                    pretrained=pretrained_of(args, modality, encoder),
+                    epochs=epochs or setting["umft_epochs"], batch_size=args.batch_size or setting["batch_size"],
+                    lr=lr or paper.umft_lr(args.dataset, encoder, modality), optimizer=setting["optimizer"].get(modality, "adamw"), precision=precision(args))
+    run = checkpoints.Run(Path(args.out) / args.dataset / f"unimodal-{modality}{'' if encoder == default else '-' + encoder}-s{seed}", settings)
+    if run.result:
+        return run
+    torch.manual_seed(seed)
+    model = pretrained_model(settings["pretrained"], encoder, info, modality).to(args.device)
+    models = torch.nn.ModuleDict({modality: model})
+
+    def objective(x, y):
+        z = {modality: model(x[modality])}
+        return mean_prob_loss(z, y), z                                      # Eq. 1: Eq. 3 with one modality, the cross-entropy
+
+    state = fit(args, run, models, objective, info, folder, setting, optimizer=settings["optimizer"])
+    run.finish(dict(method="unimodal", dataset=args.dataset, modality=modality, encoder=encoder, seed=seed,
+                    **final_scores(args, run, models, info, folder, setting), best_epoch=state["best_epoch"],
+                    trained_parameters=sum(p.numel() for p in model.parameters()), seconds=state["seconds"], peak_memory_mib=peak_memory_mib(args.device)))
+    return run
+
+
+def pretrained_of(args, modality: str, encoder: str) -> str:
+    """What the encoder starts from: the file asked for, or "none"; by default its own name, which stands for the public checkpoint."""
+    return of_modality(args.pretrained, modality, encoder if encoder in checkpoints.PUBLIC else "none")
+
+
+def pretrained_model(pretrained: str, encoder: str, info: dict, modality: str):
+    """Encoder and new head. pretrained: a file, "none", or the encoder's own name for its public checkpoint (downloaded once)."""
+    model = checkpoints.new_model(encoder, info, modality)
+    if pretrained != "none":
+        checkpoints.load_public(model.encoder, checkpoints.download(encoder) if pretrained == encoder else Path(pretrained))
+    return model
+
+
+def final_scores(args, run, models, info, folder, setting) -> dict:
+    """Scores of the chosen epoch on validation and on test, which is opened here and nowhere else in training. The logits are kept, too."""
+    out, kept = {}, {}
+    for name in ("val", "test"):
+        split = data.Split(folder, name)
+        logits = {m: evaluate.predict(models[m], split, m, args.device, setting, run.settings["precision"]) for m in models}
+        out[name] = evaluate.all_scores(logits, split.labels, info)
+        kept.update({f"{name}.{m}": z for m, z in logits.items()})
+    run.save_tensors("logits.safetensors", kept)
+    return out
+
+
+def main():
+    parser = common_arguments(argparse.ArgumentParser(description=__doc__))
+    parser.add_argument("--modality", required=True, help="audio, visual, text or flow")
+    args = parser.parse_args()
+    runs = [train(args, args.modality, seed, args.epochs, args.lr) for seed in args.seeds or [args.seed]]
+    rows = [(f"{args.modality} alone, {runs[0].settings['encoder']}", [(r.result["test"][args.modality], r.result) for r in runs])]
+    evaluate.print_table(rows, *open_data(args, runs[0].settings["seed"]))
+    for run in runs if args.plot else ():
+        evaluate.plot(run.folder)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
