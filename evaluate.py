@@ -104,7 +104,7 @@ def print_table(rows: list, folder: Path, info: dict) -> None:
     print(f"\n{info['name']}, test split, {n} samples, {len(info['classes'])} classes. "
           + ("+- is the binomial standard error of one test run." if seeds == 1 else f"Mean +- standard deviation of {seeds} seeds."))
     extra = list(info.get("groups") or (["f1_macro"] if info["multilabel"] else []))
-    print(f"{'':32}{name:>14}" + "".join(f"{g:>14}" for g in extra) + f"{'trained':>12}{'seconds':>9}")
+    print(f"{'':40}{name:>14}" + "".join(f"{g:>14}" for g in extra) + f"{'trained':>12}{'seconds':>9}")
     for label, per_seed in rows:
         cells = []
         for key in [name] + extra:
@@ -115,7 +115,7 @@ def print_table(rows: list, folder: Path, info: dict) -> None:
             cells.append(f"{mean:.1f}" + (f" +- {std:.1f}" if std is not None else ""))
         result = [r for _, r in per_seed if r]
         tail = (f"{result[0]['trained_parameters']:>12,}{mean_std([r['seconds'] for r in result])[0]:>9.0f}" if result else f"{0:>12}{'':>9}")
-        print(f"{label:32}" + "".join(f"{c:>14}" for c in cells) + tail)
+        print(f"{label:40}" + "".join(f"{c:>14}" for c in cells) + tail)
 
 
 def plot(folder: Path) -> None:

@@ -39,7 +39,7 @@ SETTINGS = {   # data set -> the paper's own settings
                    lora=("flow",), optimizer={"visual": "adamw", "flow": "sgd"},                                 # Sec. 4.1.2
                    weight_decay=1e-4),                                          # ours: paper silent; 0.01 is too much for SGD
     "toy": dict(TOY), "toy_noisy": dict(TOY),
-    "custom": dict(AUDIO_VISUAL, lora=(),                                       # ours: anyone's own data; (), all modalities it has
+    "custom": dict(AUDIO_VISUAL, schedule="cosine", audio_shift=8, lora=(),                        # ours: anyone's own data; (), all modalities it has
                    encoders={"audio": "audio_vit_b", "visual": "vit_b16", "text": "bert_base", "flow": "resnet18"},
                    optimizer={"audio": "adamw", "visual": "adamw", "text": "bertadam", "flow": "sgd"}, weight_decay=1e-4),     # ours
 }
