@@ -12,6 +12,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -22,11 +23,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from encoders import BERT, BUILD, AudioViT, DeBERTa, ResNet, UnimodalModel, ViT, build
-from lora import add_lora
+from lora import add_lora, merge_lora
 
 
 # ---- Where they are ----
@@ -323,7 +324,7 @@ class Run:
             return {}, {}
         with safe_open(file, "pt") as f:
             state, tensors = json.loads(f.metadata()["state"]), {k: f.get_tensor(k) for k in f.keys()}
-        write_atomically(log, "".join(log.read_text().splitlines(True)[:state["lines"]]).encode())
+        write_text(log, "".join(log.read_text().splitlines(True)[:state["lines"]]))
         moments = {}
         for key in [k for k in tensors if k.startswith("optimizer/")]:
             _, parameter, name = key.split("/")
@@ -336,10 +337,10 @@ class Run:
         if best:
             self.save_tensors("model.safetensors", tensors)
         moments = {f"optimizer/{i}/{k}": torch.as_tensor(v) for i, s in optimizer.state_dict()["state"].items() for k, v in s.items() if v is not None}
-        write_atomically(self.folder / "last.safetensors", save({**plain(tensors), **plain(moments)}, {"state": json.dumps(state)}))
+        write_tensors(self.folder / "last.safetensors", tensors | moments, {"state": json.dumps(state)})
 
     def save_tensors(self, name: str, tensors: dict) -> None:
-        write_atomically(self.folder / name, save(plain(tensors)))
+        write_tensors(self.folder / name, tensors)
 
     def tensors(self, name: str) -> dict:
         return load_file(self.folder / name)
@@ -354,18 +355,20 @@ class Run:
         return result
 
 
-def plain(tensors: dict) -> dict:
-    return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-
-
-def write_atomically(file: Path, content: bytes) -> None:
+def write_text(file: Path, text: str) -> None:
     temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_bytes(content)
+    temporary.write_text(text)
+    os.replace(temporary, file)      # atomic: whoever opens `file` sees the old content or the new one, never a part
+
+
+def write_tensors(file: Path, tensors: dict, metadata: dict | None = None) -> None:
+    temporary = file.with_name(f".{file.name}.tmp")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
     os.replace(temporary, file)
 
 
 def write_json(file: Path, value) -> None:
-    write_atomically(file, (json.dumps(value, indent=1) + "\n").encode())
+    write_text(file, json.dumps(value, indent=1) + "\n")
 
 
 def read_json(file: Path):
@@ -377,8 +380,11 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def load_run(folder: Path, info: dict) -> tuple[dict, nn.ModuleDict]:
-    """-> (settings, models by modality) of a finished run, its uni-modal runs included. Raises ValueError when those have changed since."""
+def load_run(folder: Path, info: dict, encoders_only: bool = False) -> tuple[dict, nn.ModuleDict]:
+    """-> (settings, models by modality) of a finished run, its uni-modal runs included. Raises ValueError when those have changed since.
+
+    encoders_only: the heads may mean nothing, as after a run of `baselines/`, which has a head of its own.
+    """
     if not (folder / "result.json").exists():
         raise ValueError(f"{folder} holds no finished run (no result.json)")
     settings = read_json(folder / "config.json")["settings"]
@@ -394,6 +400,56 @@ def load_run(folder: Path, info: dict) -> tuple[dict, nn.ModuleDict]:
             add_lora(models[m], settings["rank"])
     tensors = load_file(folder / "model.safetensors")
     missing, unexpected = models.load_state_dict(tensors, strict=False)
-    if unexpected or settings["method"] != "mmlora" and missing:
-        raise ValueError(f"{folder / 'model.safetensors'} does not fit its config.json: {(missing + unexpected)[0]} and {len(missing + unexpected) - 1} more")
+    wrong = unexpected + (missing if settings["method"] != "mmlora" else [])
+    if encoders_only:
+        wrong = [name for name in wrong if ".encoder." in name]
+    if wrong:
+        raise ValueError(f"{folder / 'model.safetensors'} does not fit its config.json: {wrong[0]} and {len(wrong) - 1} more")
     return settings, models.eval()
+
+
+def started_from(folder: Path, settings: dict, modality: str) -> str | None:
+    """What the encoder of a run was before any training of ours: a file, "none" (random weights), or its own name, which stands for the
+    public checkpoint. A joint run leaves that to its uni-modal runs. None: nobody wrote it down."""
+    if "unimodal" in settings:
+        file = folder.parent / settings["unimodal"][modality]["run"] / "config.json"
+        return read_json(file)["settings"]["pretrained"] if file.exists() else None
+    start = settings.get("pretrained")
+    return start.get(modality) if isinstance(start, dict) else start
+
+
+READERS = {ViT: "open_clip.create_model(..., pretrained=FILE)",
+           AudioViT: "ImageBind, imagebind_huge().load_state_dict(torch.load(FILE))",
+           BERT: "transformers, BertModel.from_pretrained(FOLDER) with the original's config.json in it",
+           DeBERTa: "transformers, DebertaModel.from_pretrained(FOLDER) with the original's config.json in it",
+           ResNet: "torchvision, resnet...().load_state_dict(torch.load(FILE), strict=False)"}
+
+
+def export_run(folder: Path, settings: dict, models: nn.ModuleDict, info: dict, target: Path) -> None:
+    """Write target/<modality>/: the encoder with LoRA merged, named and laid out like the public file that it came from (or, from scratch,
+    like one of its kind), and head.safetensors: weight, bias, and the classes as metadata. `target` must be new; it is written whole or not at all."""
+    if target.exists():
+        raise ValueError(f"{target} exists already: export to a new folder")
+    partial, told = target.with_name(target.name + ".partial"), []
+    try:
+        for m, model in models.items():
+            encoder, name = merge_lora(model).encoder, settings["encoders"][m] if "encoders" in settings else settings["encoder"]
+            kin = name if name in PUBLIC else next(n for n in PUBLIC if n in BUILD and BUILD[n][0] is type(encoder))
+            file, start, source = PUBLIC[kin].url.rsplit("/", 1)[1], started_from(folder, settings, m), None
+            if start not in (None, "none"):
+                source = Path("checkpoints", name, file) if start == name else Path(start)
+                file = source.name if source.suffix in (".safetensors", ".bin", ".pth") else source.stem + ".pth"
+            note = f"all else as in {source}" if source else "no public file behind it"
+            if source and not source.is_file():
+                source, note = None, f"nothing else, since {source} is not there"
+            elif source and isinstance(encoder, ResNet) and encoder.conv1.in_channels != 3:
+                source, note = None, f"nothing else, since it takes {encoder.conv1.in_channels} channels, not 3"
+            (partial / m).mkdir(parents=True, exist_ok=True)
+            export_public(encoder, partial / m / file, source)
+            write_tensors(partial / m / "head.safetensors", model.head.state_dict(), {"classes": json.dumps(info["classes"])})
+            told += [f"{target / m / file}: encoder {name}, {note}; for {READERS[type(encoder)]}",
+                     f"{target / m / 'head.safetensors'}: linear layer on its features, {len(info['classes'])} classes"]
+        partial.replace(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print("\n".join(told))

@@ -148,6 +148,7 @@ def fit(args, run: checkpoints.Run, models: torch.nn.ModuleDict, objective, info
     epochs, batch_size, seed = (run.settings[k] for k in ("epochs", "batch_size", "seed"))
     steps_per_epoch = math.ceil(len(train) / batch_size)
     optimizer = make_optimizer(optimizer, models, run.settings["lr"], setting["weight_decay"], epochs * steps_per_epoch)
+    schedule = "constant" if isinstance(optimizer, BertAdam) and setting["schedule"] == "cosine" else setting["schedule"]      # it anneals by itself
     trained = [m for m in models if any(p.requires_grad for p in models[m].parameters())]
     logits = {m: evaluate.predict(models[m], val, m, device, setting, precision) for m in models}
 
@@ -170,7 +171,7 @@ def fit(args, run: checkpoints.Run, models: torch.nn.ModuleDict, objective, info
         models.train()                                                      # what is frozen stays in eval mode: see Encoder.train
         for step, index in enumerate(data.batches(len(train), batch_size, rng), (epoch - 1) * steps_per_epoch):
             for group in optimizer.param_groups:
-                group["lr"] = run.settings["lr"] * lr_factor(setting["schedule"], step, epochs * steps_per_epoch, state["history"])
+                group["lr"] = run.settings["lr"] * lr_factor(schedule, step, epochs * steps_per_epoch, state["history"])
             optimizer.zero_grad()
             for part in index.split(args.micro_batch or batch_size):        # the gradients of the parts add up to the batch's own
                 x = {m: data.model_input(train, m, part, models[m].encoder, device, setting, rng) for m in models}

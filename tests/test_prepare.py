@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import evaluate
+import train_joint
 from tokenizer import load_tokenizer
 from prepare import ave, crema_d, custom, food101, kinetics_sound, media, mm_imdb, ucf101
 
@@ -24,6 +26,24 @@ REAL = ROOT.parent / "shared/data"
 FIXTURES = Path(__file__).parent / "fixtures/encoders/audio"
 needs_ffmpeg = pytest.mark.skipif(not shutil.which("ffmpeg"), reason="the ffmpeg program is not installed")
 needs_real = pytest.mark.skipif(not (REAL / "grid_av").is_dir(), reason="../shared/data/grid_av is not there")
+
+
+def train_on(root, name, capsys, monkeypatch, *options):
+    """What a user does next: both modalities for one epoch, MMLoRA for one, and the scores read back. Small encoders, random weights."""
+    encoders = ["visual=resnet18", "audio=resnet18", "flow=resnet18", "text=bert_small"]
+    where = ["--data-root", str(root), "--device", "cpu"]
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setattr(sys, "argv", ["train_joint.py", "--dataset", name, "--out", str(root / "runs"), *where, "--epochs", "1", "--umft-epochs", "1",
+                                      "--encoder", *encoders, "--pretrained", "none", *options])
+    train_joint.main()
+    assert "UME, probabilities averaged" in capsys.readouterr().out
+    run, = (root / "runs" / name).glob("mmlora-*")
+    result = json.loads((run / "result.json").read_text())
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--run", str(run), *where])
+    evaluate.main()
+    metric = "f1_micro" if "f1_micro" in result["test"]["prob"] else "accuracy"
+    assert f"{100 * result['test']['prob'][metric]:.1f}" in capsys.readouterr().out.splitlines()[-1]
+    return result
 
 
 # ------------------------------------------------------------------------------------------------ generated media
@@ -433,7 +453,7 @@ def crema_folder(tmp_path_factory):
     return folder
 
 
-def test_crema_d(crema_folder, tmp_path, capsys):
+def test_crema_d(crema_folder, tmp_path, capsys, monkeypatch):
     options = ["--source", str(crema_folder), "--data-root", str(tmp_path), "--size", "32"]
     with pytest.raises(ValueError, match="16 items, but 7,442 are published"):
         crema_d.main(options)
@@ -449,6 +469,8 @@ def test_crema_d(crema_folder, tmp_path, capsys):
         assert [info["classes"][k] for k in labels] == [id.split("_")[2] for id in ids] and (set(ids) <= official) == (split == "test")
         audio = np.load(tmp_path / f"crema_d/{split}/audio.npy")
         assert np.array_equal(audio[0], media.audio_clips(media.read_wave(crema_folder / f"AudioWAV/{ids[0]}.wav")).half().numpy())
+    result = train_on(tmp_path, "crema_d", capsys, monkeypatch, "--lora", "audio")
+    assert result["test"]["visual"] == result["ume"]["test"]["visual"]                   # without LoRA it stays as it was
 
 
 def test_crema_d_prefers_extracted_frames_and_needs_no_ffmpeg_then(tmp_path, monkeypatch):
@@ -485,7 +507,7 @@ def clips(tmp_path_factory):
     return sorted(folder.iterdir())
 
 
-def test_ave(clips, tmp_path, capsys):
+def test_ave(clips, tmp_path, capsys, monkeypatch):
     names = ["-abcdefghij", "b", "c", "d", "e"]
     (tmp_path / "AVE").mkdir()
     for clip, name in zip(clips, names):
@@ -499,6 +521,7 @@ def test_ave(clips, tmp_path, capsys):
     assert info["shapes"] == {"audio": [3, 128, 204], "visual": [9, 3, 16, 16]} and "whole clips" in info["source"]
     assert "train and val 1, train and test 0" in capsys.readouterr().out
     assert np.array_equal(array("train", "visual")[0], array("train", "visual")[1])      # the same clip
+    train_on(tmp_path / "whole", "ave", capsys, monkeypatch)
     _, _, _, event = run_script(ave, tmp_path, tmp_path / "event", "--event-span")
     assert not np.array_equal(event("train", "visual")[0], event("train", "visual")[1])  # two spans of it
     padding = (0 + 4.268) / 9.138                                                        # a second of sound fills 98 columns of 204
@@ -526,13 +549,14 @@ def kinetics_folder(folder, clips):
         shutil.copy(clip, folder / f"{place}.mp4")
 
 
-def test_kinetics_sound_from_folders_and_from_annotations(clips, tmp_path):
+def test_kinetics_sound_from_folders_and_from_annotations(clips, tmp_path, capsys, monkeypatch):
     kinetics_folder(tmp_path, clips)
     info, ids, labels, array = run_script(kinetics_sound, tmp_path, tmp_path / "folders")
     assert len(info["classes"]) == 32 and info["classes"] == sorted(info["classes"]) and info["counts"] == {"train": 2, "val": 1, "test": 1}
     assert sorted(ids["train"] + ids["val"]) == ["-a_000001_000011", "b_000010_000020", "c_000001_000011"]
     assert ids["test"] == ["e_000002_000012"]
     assert [info["classes"][k] for k in labels["test"]] == ["playing_organ"] and array("test", "visual").shape == (1, 9, 3, 16, 16)
+    train_on(tmp_path / "folders", "kinetics_sound", capsys, monkeypatch)
     (tmp_path / "annotations").mkdir()
     header = "label,youtube_id,time_start,time_end,split,is_cc\n"
     rows = "playing organ,-a,1,11,train,0\nplaying organ,b,10,20,train,0\nabseiling,d,1,11,train,0\n"
@@ -588,6 +612,8 @@ def test_mm_imdb_on_recipes_in_its_layout(tmp_path, monkeypatch, vocab, capsys):
         assert [tags[1:][k] for k, on in enumerate(row) if on] == sorted(set(film["genres"]) - {tags[0]})
     assert array("val", "visual").shape == (6, 1, 3, 16, 16)
     assert array("val", "text").shape == (6, 64) and (array("val", "text")[:, 0] == 2).all()
+    result = train_on(tmp_path / "data", "mm_imdb", capsys, monkeypatch)
+    assert set(result["test"]["text"]) == {"f1_micro", "f1_macro", "loss"}
 
 
 def test_mm_imdb_takes_the_longest_plot_and_counts_missing_files(tmp_path, vocab):
@@ -604,7 +630,7 @@ def test_mm_imdb_takes_the_longest_plot_and_counts_missing_files(tmp_path, vocab
 
 
 @needs_real
-def test_food101_on_groceries_in_the_layout_of_the_mirror(tmp_path, vocab):
+def test_food101_on_groceries_in_the_layout_of_the_mirror(tmp_path, vocab, capsys, monkeypatch):
     info, ids, labels, array = run_script(food101, REAL / "grocery_it", tmp_path / "data", *vocab, "--max-length", "8")
     assert info["classes"] == (REAL / "grocery_it/classes.txt").read_text().split() and "titles" in info["source"]
     assert info["counts"]["test"] == 320 and info["counts"]["train"] + info["counts"]["val"] == 576
@@ -615,6 +641,7 @@ def test_food101_on_groceries_in_the_layout_of_the_mirror(tmp_path, vocab):
     for id, row in zip(ids["test"], array("test", "text")):
         tokens = load_tokenizer(vocab[1]).encode(titles[id], 8)
         assert row.tolist() == tokens + [0] * (8 - len(tokens))
+    train_on(tmp_path / "data", "food101", capsys, monkeypatch)
 
 
 def test_food101_titles_with_commas_and_whole_pages(tmp_path, vocab):
@@ -639,7 +666,7 @@ def test_food101_titles_with_commas_and_whole_pages(tmp_path, vocab):
 
 
 @needs_real
-def test_ucf101_on_real_frames_and_flow(tmp_path):
+def test_ucf101_on_real_frames_and_flow(tmp_path, capsys, monkeypatch):
     """Real frames and flow under names of UCF101, with its traps: two spellings of one class, .bin files, u and v of unequal length."""
     written = ["HandStandPushups", "JumpRope", "JumpingJack"]
     names = [f"v_{c}_g{g:02}_c01" for c in written for g in (1, 8, 9, 25)]               # test, train, train, val of split 1
@@ -662,6 +689,7 @@ def test_ucf101_on_real_frames_and_flow(tmp_path):
     assert not any(info["unreadable"].values())
     first = [media.read_image(tmp_path / f"tvl1_flow/{axis}/{names[0]}/frame000001.jpg", 16, "GRAY") for axis in "uv"]
     assert np.array_equal(array("test", "flow")[0, 0, :2], torch.cat(first))
+    train_on(tmp_path / "one", "ucf101", capsys, monkeypatch)
     two = run_script(ucf101, tmp_path, tmp_path / "two", "--split", "2", "--stacks", "1", "--flow-length", "5")
     assert sorted(two[1]["test"]) == sorted(f"v_{c}_{g}_c01" for c in classes for g in ("g08", "g09"))
     assert two[0]["shapes"]["flow"] == [1, 10, 16, 16]
