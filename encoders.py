@@ -107,7 +107,8 @@ class PreNormBlock(nn.Module):
 
     def forward(self, x, keep=None):
         h = self.norm1(x)
-        x = x[:, :keep] + self.skip(self.attention(h[:, :keep], h))     # (B, T, D), or (B, keep, D)
+        # contiguous: on strided input torch chooses between two matrix products by requires_grad, and freezing would change the last bit.
+        x = x[:, :keep] + self.skip(self.attention(h[:, :keep].contiguous(), h))     # (B, T, D), or (B, keep, D)
         return x + self.skip(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
 
     def skip(self, branch):
@@ -133,7 +134,7 @@ class PostNormBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, keep=None, **where):
-        x = self.norm1(x[:, :keep] + self.dropout(self.attention(x[:, :keep], x, **where)))     # (B, T, D), or (B, keep, D)
+        x = self.norm1(x[:, :keep] + self.dropout(self.attention(x[:, :keep].contiguous(), x, **where)))     # (B, T, D), or (B, keep, D)
         return self.norm2(x + self.dropout(self.fc2(F.gelu(self.fc1(x)))))
 
 

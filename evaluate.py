@@ -1,18 +1,28 @@
-"""Metrics, fusion rules, tables; and the evaluation of finished runs.
+"""Metrics, fusion rules, tables; the evaluation of finished runs, and the paper's tables with ours in them.
 
     python evaluate.py --run runs/toy/mmlora-all-r1-s0                              # test scores again, from the stored weights
     python evaluate.py --run runs/toy/mmlora-all-r1-s0 --fusion entropy --plot
     python evaluate.py --run runs/toy/mmlora-all-r1-s0 --drop audio                 # as if nothing could be heard
+    python evaluate.py --run runs/toy/mmlora-all-r1-s0 --drop audio --missing 0 0.3 0.7 1      # as if some could not be heard
+    python evaluate.py --run runs/toy/mmlora-all-r1-s0 --probe                      # linear evaluation of its encoders (Tables 3, 8)
+    python evaluate.py --probe --dataset ave --modality visual                      # of a pre-trained encoder (Table 4)
+    python evaluate.py --run runs/ave/mmlora-all-r1-s0 --export exported            # LoRA merged, in the files' public layouts
+    python evaluate.py --table 5                                                    # what of it was run, and how to run the rest
 
 The prediction of a sample never depends on the other samples of its batch, whatever the fusion rule.
 """
 import argparse
 import json
 import math
+import re
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import checkpoints
 import data
@@ -24,14 +34,15 @@ FUSIONS = ("prob", "logits", "entropy")
 
 # ------------------------------------------------------------------------------------------------ predictions
 @torch.no_grad()
-def predict(model, split: data.Split, modality: str, device: str, setting: dict, precision: str = "fp32", batch_size: int = 256) -> torch.Tensor:
-    """Logits (N, C), float32 on the CPU, of the deterministic test view of every sample."""
+def predict(model, split: data.Split, modality: str, device: str, setting: dict, precision: str = "fp32", batch_size: int = 256,
+            features: bool = False) -> torch.Tensor:
+    """Logits (N, C), or features (N, D), float32 on the CPU, of the deterministic test view of every sample."""
     model.eval()
     out = []
     for index in data.batches(len(split), batch_size):
         x = data.model_input(split, modality, index, model.encoder, device, setting)
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=precision == "bf16"):
-            out.append(model(x).float().cpu())
+            out.append((model.features(x) if features else model(x)).float().cpu())
     return torch.cat(out)
 
 
@@ -50,6 +61,17 @@ def fuse(logits: dict[str, torch.Tensor], rule: str = "prob", multilabel: bool =
         return p.mean(0)
     entropy = (torch.special.entr(p) + torch.special.entr(1 - p)).sum(-1) if multilabel else torch.special.entr(p).sum(-1)
     return (entropy.neg().softmax(0).unsqueeze(-1) * p).sum(0)
+
+
+def fuse_missing(logits: dict[str, torch.Tensor], drop: list[str], share: float, rule: str = "prob", multilabel: bool = False) -> torch.Tensor:
+    """`fuse` when `share` of the samples lack the modalities `drop` (0.7 = 70 % lack them) and are predicted from those they have.
+
+    Which samples is a fixed draw: the first of one random order, so that whoever lacks a modality at 30 % lacks it at 70 %, too.
+    """
+    p = fuse(logits, rule, multilabel)
+    lost = torch.randperm(len(p), generator=torch.Generator().manual_seed(0))[:round(share * len(p))]
+    p[lost] = fuse({m: z for m, z in logits.items() if m not in drop}, rule, multilabel)[lost]
+    return p
 
 
 # ------------------------------------------------------------------------------------------------ metrics
@@ -72,18 +94,22 @@ def f1(predicted: torch.Tensor, true: torch.Tensor) -> tuple[float, float]:
     return float(2 * hit.sum() / either.sum().clamp(min=1)), float((2 * hit / either.clamp(min=1)).mean())
 
 
-def scores(logits: dict[str, torch.Tensor], labels: torch.Tensor, info: dict, fusion: str = "prob") -> dict:
-    """All numbers of one prediction: `accuracy` (and `groups`, accuracy per group of classes, where dataset.json names groups), or
-    `f1_micro` and `f1_macro` at threshold 0.5; and `loss`, Eq. 3 (of the averaged logits when those are fused)."""
-    p = fuse(logits, fusion, info["multilabel"])
-    loss = float(mean_prob_loss(mean_logits(logits) if fusion == "logits" else logits, labels))
+def rates(p: torch.Tensor, labels: torch.Tensor, info: dict) -> dict:
+    """Of probabilities (N, C): `accuracy` (and `groups`, accuracy per group of classes, where dataset.json names groups), or `f1_micro` and
+    `f1_macro` at threshold 0.5."""
     if info["multilabel"]:
-        return dict(zip(("f1_micro", "f1_macro"), f1(p > 0.5, labels.bool())), loss=loss)
+        return dict(zip(("f1_micro", "f1_macro"), f1(p > 0.5, labels.bool())))
     right = p.argmax(-1) == labels
-    out = dict(accuracy=float(right.float().mean()), loss=loss)
+    out = dict(accuracy=float(right.float().mean()))
     if info.get("groups"):
         out["groups"] = {g: float(right[torch.isin(labels, torch.tensor(classes))].float().mean()) for g, classes in info["groups"].items()}
     return out
+
+
+def scores(logits: dict[str, torch.Tensor], labels: torch.Tensor, info: dict, fusion: str = "prob") -> dict:
+    """All numbers of one prediction: its `rates`, and `loss`, Eq. 3 (of the averaged logits when those are fused)."""
+    loss = float(mean_prob_loss(mean_logits(logits) if fusion == "logits" else logits, labels))
+    return dict(rates(fuse(logits, fusion, info["multilabel"]), labels, info), loss=loss)
 
 
 def all_scores(logits: dict, labels: torch.Tensor, info: dict) -> dict:
@@ -103,8 +129,8 @@ def print_table(rows: list, folder: Path, info: dict) -> None:
     name, n, seeds = metric(info), len(data.Split(folder, "test")), len(rows[0][1])
     print(f"\n{info['name']}, test split, {n} samples, {len(info['classes'])} classes. "
           + ("+- is the binomial standard error of one test run." if seeds == 1 else f"Mean +- standard deviation of {seeds} seeds."))
-    extra = list(info.get("groups") or (["f1_macro"] if info["multilabel"] else []))
-    print(f"{'':40}{name:>14}" + "".join(f"{g:>14}" for g in extra) + f"{'trained':>12}{'seconds':>9}")
+    extra, width = list(info.get("groups") or (["f1_macro"] if info["multilabel"] else [])), max(40, *(len(label) for label, _ in rows))
+    print(f"{'':{width}}{name:>14}" + "".join(f"{g:>14}" for g in extra) + f"{'trained':>12}{'seconds':>9}")
     for label, per_seed in rows:
         cells = []
         for key in [name] + extra:
@@ -115,7 +141,7 @@ def print_table(rows: list, folder: Path, info: dict) -> None:
             cells.append(f"{mean:.1f}" + (f" +- {std:.1f}" if std is not None else ""))
         result = [r for _, r in per_seed if r]
         tail = (f"{result[0]['trained_parameters']:>12,}{mean_std([r['seconds'] for r in result])[0]:>9.0f}" if result else f"{0:>12}{'':>9}")
-        print(f"{label:40}" + "".join(f"{c:>14}" for c in cells) + tail)
+        print(f"{label:{width}}" + "".join(f"{c:>14}" for c in cells) + tail)
 
 
 def plot(folder: Path) -> None:
@@ -142,35 +168,259 @@ def plot(folder: Path) -> None:
     print(f"wrote {folder / 'curves.png'}")
 
 
+# ------------------------------------------------------------------------------------------------ linear evaluation
+PROBE_L2 = (1e-1, 1e-2, 1e-3, 1e-4)      # ours: the paper says no more than that a linear layer is trained on the frozen encoder (Sec. 3.1)
+
+
+def logistic_regression(x: torch.Tensor, y: torch.Tensor, classes: int, l2: float, start: nn.Linear | None = None) -> nn.Linear:
+    """The linear layer that minimises cross-entropy + l2/2 |W|^2. x: (N, D) float64; y: (N,), or (N, C) multi-hot: a binary problem a class.
+
+    The problem is convex, so it is solved, not trained: L-BFGS on all samples at once, from zero or from `start`, until the gradient
+    vanishes. No learning rate, no epochs, no seed: two encoders compared by it differ in their features and in nothing else.
+    """
+    layer = nn.Linear(x.shape[1], classes, dtype=x.dtype, device=x.device)
+    layer.load_state_dict(start.state_dict() if start else {name: torch.zeros_like(p) for name, p in layer.named_parameters()})
+    solver = torch.optim.LBFGS(layer.parameters(), max_iter=2000, history_size=20, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe")
+
+    def objective():
+        solver.zero_grad()
+        z = layer(x)
+        loss = F.cross_entropy(z, y) if y.ndim == 1 else F.binary_cross_entropy_with_logits(z, y.to(z), reduction="sum") / len(z)
+        loss = loss + l2 / 2 * layer.weight.square().sum()
+        loss.backward()
+        return loss
+
+    solver.step(objective)
+    return layer
+
+
+@torch.no_grad()
+def standardise(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Every feature with mean 0 and deviation 1 over `like`, so that one L2 strength means the same to all; constant ones become 0."""
+    std = like.std(0)
+    return (x - like.mean(0)) / std.where(std > 1e-6, torch.inf)
+
+
+def probe(model, where: Path, info: dict, modality: str, device: str, setting: dict, precision: str) -> dict:
+    """Linear evaluation of a frozen encoder: the L2 strength is chosen on validation, test used once, at the end."""
+    begin, solver = time.time(), device if device.startswith("cuda") else "cpu"
+    splits = {name: data.Split(where, name) for name in ("train", "val", "test")}
+    x = {name: predict(model, split, modality, device, setting, precision, features=True).to(solver, torch.float64) for name, split in splits.items()}
+    x = {name: standardise(features, x["train"]) for name, features in x.items()}
+
+    @torch.no_grad()
+    def score(layer, name):
+        return scores({modality: layer(x[name]).cpu()}, splits[name].labels, info)
+
+    layer, tried = None, []
+    for l2 in PROBE_L2:         # strongest first: its solution is a good start for the next
+        layer = logistic_regression(x["train"], splits["train"].labels.to(solver), len(info["classes"]), l2, layer)
+        tried.append((l2, layer, score(layer, "val")))
+    l2, layer, val = max(tried, key=lambda t: (t[2][metric(info)], -t[2]["loss"]))
+    return dict(l2=l2, val=val, test=score(layer, "test"), trained_parameters=sum(p.numel() for p in layer.parameters()), seconds=time.time() - begin)
+
+
+# ------------------------------------------------------------------------------------------------ the paper's tables, and ours
+def table_cells(number: int, toy: str | None = None) -> dict[str, dict[str, paper.Cell]]:
+    """Row -> column -> cell of the paper's Table `number`; or the same questions asked of a toy, where the paper's data sets (and backbones)
+    become one, and what the toy can't be asked, say about text, is left out."""
+    rows = {}
+    for cell in (cell for row in paper.cells(number) for cell in row):
+        if toy:
+            encoders = paper.encoders_for(toy)
+            if not (cell.dataset and cell.method and cell.encoders.keys() <= encoders.keys()):
+                continue
+            row, column = (re.sub(r"\*$", "", re.sub("AVE|Kinetics-Sound|KS|CREMA-D|MM-IMDB|Food101", toy, name)) for name in (cell.row, cell.column))
+            cell = replace(cell, row=row, column=column, backbone="", paper=None, quoted=False, dataset=toy, metrics=("accuracy",), pretrained=None,
+                           encoders={m: encoders[m] for m in cell.encoders})
+        rows.setdefault(f"{cell.row:32}{cell.backbone}".strip(), {}).setdefault(cell.column, cell)
+    return rows
+
+
+def but_seed(settings: dict) -> str:
+    """What runs of one experiment share."""
+    return json.dumps({k: v for k, v in settings.items() if k not in ("seed", "unimodal")}, sort_keys=True)
+
+
+def matches(cell: paper.Cell, out: Path) -> list[Path]:
+    """Folders of the finished runs under `out` that did what the cell asks, and that differ in nothing but the seed: where a learning rate,
+    say, was also tried at another value, the setting that was run with more seeds."""
+    if not (cell.dataset and cell.method):
+        return []
+    ume, trained, found = cell.method == "ume", cell.of or (cell.method if cell.umft else "no-umft"), {}
+    for config in sorted((out / cell.dataset).glob("*/config.json"), key=lambda file: (len(file.parent.name), file)):     # without options first
+        folder, s = config.parent, checkpoints.read_json(config)["settings"]
+        if s["method"] not in (("mmlora", "full") if ume else (trained,)) or not (trained == "pretrained" or (folder / "result.json").exists()):
+            continue
+        if (s.get("encoders") or {s.get("modality"): s.get("encoder")}) != cell.encoders:
+            continue
+        starts = [(checkpoints.started_from(folder, s, m), cell.pretrained or (e if e in checkpoints.PUBLIC else "none")) for m, e in cell.encoders.items()]
+        if any(start not in (wanted, cell.pretrained) for start, wanted in starts):         # None: the cell asks for the default, the run says nothing
+            continue
+        if not ume and (s.get("fusion") == "logits" or "rank" in s and (sorted(s["lora"]), s["rank"]) != (sorted(cell.lora), cell.rank)):
+            continue
+        found.setdefault("" if ume else but_seed(s), []).append(folder)          # the ensemble is older than any setting of the joint run
+    return max(found.values(), key=len, default=[])
+
+
+def numbers(cell: paper.Cell, folders: list[Path]) -> dict[int, tuple]:
+    """Seed -> the numbers of the cell in %. Every seed counts once, however many runs hold the same ensemble."""
+    found = {}
+    for folder in folders:
+        file = folder / ("probe.json" if cell.method == "probe" else "result.json")
+        result = checkpoints.read_json(file) if file.exists() else {}
+        if cell.method == "probe":
+            test = result.get(cell.modality, {}).get("test")
+        elif cell.method == "ume":
+            test = result.get("ume", {}).get("test", {}).get("prob")
+        else:           # of one modality, or fused by averaging, or (baselines) by a head of their own
+            test = result["test"].get(cell.modality or result.get("fusion")) or result["test"].get("joint")
+        if test:
+            found.setdefault(checkpoints.read_json(folder / "config.json")["settings"]["seed"], tuple(100 * test[name] for name in cell.metrics))
+    return found
+
+
+def print_paper_table(number: int, out: Path, toy: str | None = None) -> None:
+    """The paper's numbers, under each ours, and the commands for what is empty."""
+    rows, lines, todo = table_cells(number, toy), [], {}
+    for label, row in rows.items():
+        ours, means = [], []
+        for column, cell in row.items():
+            folders = matches(cell, out)
+            values = list(zip(*numbers(cell, folders).values()))                # for each metric, one value a seed
+            if cell.dataset is None and len(means) == len(row) - 1:             # Avg Acc.: of the cells to the left, all of them
+                ours.append(f"{mean_std(means)[0]:.1f}")
+            elif values:
+                means.append(mean_std(values[0])[0])
+                ours.append(" / ".join(f"{mean_std(v)[0]:.1f}" + f" +- {mean_std(v)[1]:.1f}" * (len(v) > 1) for v in values) + f" ({len(values[0])})")
+            else:
+                ours.append("")
+                if command := paper.commands(cell, folders[0] if folders else None):
+                    todo.setdefault(command, cell.quoted)
+        if not toy:
+            lines.append([label + " (quoted)" * cell.quoted] + [" / ".join(map(str, cell.paper or ("-",))) for cell in row.values()])
+        lines.append([label if toy else "    ours"] + ours)
+    lines.insert(0, [""] + list(row))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    print(f"\nTable {number}{f', asked of {toy}' if toy else ''}. {paper.TABLES[number]['caption']}; {paper.TABLES[number]['source']}.\n"
+          f"In %; ours: mean +- standard deviation (number of seeds), from {out}.\n")
+    for label, *texts in lines:
+        print((f"{label:{widths[0]}}" + "".join(f"{text:>{width + 3}}" for text, width in zip(texts, widths[1:]))).rstrip())
+    if todo:
+        print("\nNot run yet. RUN is the folder that the command before it writes; quoted: the paper took this row from other authors.\n")
+    elsewhere = "" if out == Path("runs") else f" --out {out}"
+    for command, quoted in todo.items():
+        print(command.replace(" &&", f"{elsewhere} &&") + elsewhere + "     # quoted" * quoted)
+
+
 # ------------------------------------------------------------------------------------------------ finished runs
+def open_run(folder: Path, args) -> tuple:
+    """-> (the run's folder, that of the prepared data, its dataset.json, the settings, the models by modality)."""
+    if not (folder / "result.json").exists():
+        raise ValueError(f"{folder} holds no finished run (no result.json)")
+    settings = checkpoints.read_json(folder / "config.json")["settings"]
+    if not args.probe and settings["method"] not in ("unimodal", "mmlora", "no-umft", "full"):
+        raise ValueError(f"{folder} is a run of baselines/{settings['method']}.py, which alone can predict with it; --probe can test its encoders")
+    where = data.find(args.data_root, settings["dataset"], settings["seed"])
+    info = checkpoints.read_json(where / "dataset.json")
+    return folder, where, info, *checkpoints.load_run(folder, info, encoders_only=args.probe)
+
+
+def open_pretrained(args) -> tuple:
+    """The same for the encoder of --modality as it is before any training of ours; its folder is runs/<dataset>/probe-..."""
+    import train_unimodal as step1        # not above: it imports this file
+    where, info = step1.open_data(args, args.seed)
+    m, default = args.modality, paper.encoders_for(args.dataset).get(args.modality)
+    if m not in info["modalities"]:
+        raise ValueError(f"--modality {m}: {args.dataset} has {', '.join(info['modalities'])}")
+    encoder = step1.of_modality(args.encoder, m, default)
+    start = step1.pretrained_of(args, m, encoder)
+    torch.manual_seed(args.seed)          # the weights, where nothing is pre-trained
+    models = nn.ModuleDict({m: step1.pretrained_model(start, encoder, info, m)})
+    run = checkpoints.Run(Path(args.out) / args.dataset / f"probe-{m}-{encoder}-s{args.seed}",
+                          dict(method="pretrained", dataset=args.dataset, modality=m, encoder=encoder, seed=args.seed, pretrained=start, precision="fp32", classes=info["classes"]))
+    return run.folder, where, info, run.settings, models
+
+
+def probe_rows(args, folder, where, info, settings, models) -> list:
+    """Linear evaluation of the run's encoders (of one, with --modality) -> probe.json in its folder, and the rows to print."""
+    if args.modality and args.modality not in models:
+        raise ValueError(f"--modality {args.modality}: {folder} has {', '.join(models)}")
+    found = {m: probe(models[m].to(args.device), where, info, m, args.device, paper.settings_for(settings["dataset"]), settings["precision"])
+             for m in models if args.modality in (None, m)}
+    old = checkpoints.read_json(folder / "probe.json") if (folder / "probe.json").exists() else {}
+    checkpoints.write_json(folder / "probe.json", {**old, **found})
+    print(f"\n{folder}: linear evaluation of the frozen encoders; L2 strength chosen on validation: "
+          + ", ".join(f"{m} {r['l2']:g} (validation {100 * r['val'][metric(info)]:.1f})" for m, r in found.items()), end="")
+    return [(f"{m}, linear evaluation", [(r["test"], r)]) for m, r in found.items()]
+
+
+def score_rows(args, folder, where, info, settings, models) -> list:
+    """Test scores of every modality alone and of all together: without those of --drop, or with the share --missing of them missing."""
+    kept = [m for m in models if m not in args.drop]
+    if unknown := set(args.drop) - set(models):
+        raise ValueError(f"--drop {' '.join(unknown)}: {folder} has {', '.join(models)}")
+    if not kept:
+        raise ValueError(f"--drop leaves no modality of {folder}")
+    test, setting, shares, fusion = data.Split(where, "test"), paper.settings_for(settings["dataset"]), args.missing, args.fusion or settings.get("fusion", "prob")
+    logits = {m: predict(models[m].to(args.device), test, m, args.device, setting, settings["precision"]) for m in (models if shares else kept)}
+    rows = [(f"{m} alone", [(scores({m: z}, test.labels, info), None)]) for m, z in logits.items()]
+    if len(logits) > 1:
+        rows.append((f"together, fusion {fusion}", [(scores(logits, test.labels, info, fusion), None)]))
+    for share in shares:
+        p = fuse_missing(logits, args.drop, share, fusion, info["multilabel"])
+        rows.append((f"{' and '.join(args.drop)} missing in {100 * share:g} %", [(rates(p, test.labels, info), None)]))
+    print(f"\n{folder}" + (f", without {', '.join(args.drop)}" if args.drop and not shares else ""), end="")
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = parser.add_argument
-    a("--run", nargs="+", type=Path, required=True, metavar="RUN", help="folders of finished runs")
-    a("--fusion", choices=FUSIONS, default="prob", help="what is averaged over modalities")
-    a("--drop", nargs="+", default=[], metavar="MODALITY", help="leave these modalities out of the average")
+    a("--run", nargs="+", type=Path, metavar="RUN", help="folders of finished runs; of those that differ only in the seed also the mean")
+    a("--fusion", choices=FUSIONS, help="what is averaged over modalities; default: what the run was trained with")
+    one = parser.add_mutually_exclusive_group().add_argument
+    one("--drop", nargs="+", default=[], metavar="MODALITY", help="leave these modalities out of the average")
+    a("--missing", nargs="+", type=float, default=[], metavar="SHARE", help="shares of the samples that lose --drop: 0.7 = 70 %% of the samples lose it")
     a("--plot", action="store_true", help="draw each run's training curves (needs matplotlib)")
+    one("--probe", action="store_true", help="linear evaluation: of the encoders of --run, or of the pre-trained one of --dataset and --modality")
+    one("--export", type=Path, metavar="DIR", help="write the encoders of --run, LoRA merged, as public checkpoints into a new folder")
+    one("--table", type=int, choices=list(paper.TABLES), metavar="N", help="the paper's Table N and our runs under --out; with --dataset toy, the toy's")
+    a("--dataset", help="for --probe without --run; toy or toy_noisy for --table")
+    a("--modality", help="for --probe; default: all that --run has")
+    a("--encoder", nargs="+", default=[], metavar="NAME", help="for --probe: another one than Table 2's")
+    a("--pretrained", nargs="+", default=[], metavar="PATH", help="for --probe: a public checkpoint, or none for random weights; default: the public one, downloaded")
+    a("--seed", type=int, default=0, help="for --probe: of random weights, and of the toy's world")
     a("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    a("--out", default="runs", help="folder of all runs")
     a("--data-root", default="data", help="folder of the prepared data sets")
     args = parser.parse_args()
-    for folder in args.run:
-        settings, models = checkpoints.load_run(folder, args.data_root)
-        where = data.find(args.data_root, settings["dataset"], settings["seed"])
-        info, test = json.loads((where / "dataset.json").read_text()), data.Split(where, "test")
-        kept = [m for m in models if m not in args.drop]
-        if unknown := set(args.drop) - set(models):
-            raise ValueError(f"--drop {' '.join(unknown)}: {folder} has {', '.join(models)}")
-        if not kept:
-            raise ValueError(f"--drop leaves no modality of {folder}")
-        setting = paper.settings_for(settings["dataset"])
-        logits = {m: predict(models[m].to(args.device), test, m, args.device, setting, settings["precision"]) for m in kept}
-        rows = [(f"{m} alone", [(scores({m: z}, test.labels, info), None)]) for m, z in logits.items()]
-        if len(kept) > 1:
-            rows.append((f"together, fusion {args.fusion}", [(scores(logits, test.labels, info, args.fusion), None)]))
-        print(f"\n{folder}" + (f", without {', '.join(args.drop)}" if args.drop else ""), end="")
+
+    if args.export and len(args.run or ()) != 1:
+        raise ValueError("--export takes one --run")
+    if [bool(args.run), args.table is not None, bool(args.probe and args.dataset and args.modality)].count(True) != 1:
+        raise ValueError("give one of: --run RUN, --table N, --probe --dataset NAME --modality NAME")
+    if args.missing and not (args.drop and all(0 <= share <= 1 for share in args.missing)):
+        raise ValueError("--missing needs --drop MODALITY and shares from 0 to 1: 0.7 = 70 % of the samples lose that modality")
+    if args.table:
+        if args.dataset not in (None, *data.WORLDS):
+            raise ValueError(f"--table asks {args.dataset} nothing: its data sets are the paper's, or with --dataset one of {', '.join(data.WORLDS)}")
+        return print_paper_table(args.table, Path(args.out), args.dataset)
+    same = {}
+    for folder in args.run or [None]:
+        folder, where, info, settings, models = opened = open_run(folder, args) if folder else open_pretrained(args)
+        if args.export:
+            checkpoints.export_run(folder, settings, models, info, args.export)
+            continue
+        rows = (probe_rows if args.probe else score_rows)(args, *opened)
         print_table(rows, where, info)
+        same.setdefault(but_seed(settings), []).append((folder.name, rows, where, info))
         if args.plot:
             plot(folder)
+    for runs in same.values():
+        if len(runs) > 1:
+            print("\n" + ", ".join(name for name, *_ in runs), end="")
+            print_table([(rows[0][0], [score for _, scores in rows for score in scores]) for rows in zip(*(rows for _, rows, _, _ in runs))], *runs[0][2:])
 
 
 if __name__ == "__main__":

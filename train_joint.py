@@ -35,7 +35,7 @@ def train(args, seed: int) -> checkpoints.Run:
     if unknown := set(lora) - set(modalities):
         raise ValueError(f"--lora {' '.join(sorted(unknown))}: {args.dataset} has {', '.join(modalities)}, or all")
     default = paper.encoders_for(args.dataset)
-    encoders = {m: train_unimodal.of_modality(args.encoder, m, default[m]) for m in modalities}
+    encoders = {m: train_unimodal.encoder_of(args, m) for m in modalities}
 
     method = "full" if args.tune == "full" else "no-umft" if args.no_umft else "mmlora"
     settings = dict(method=method, dataset=args.dataset, seed=seed, encoders=encoders, fusion=args.fusion,
@@ -47,10 +47,10 @@ def train(args, seed: int) -> checkpoints.Run:
         unimodal = {}
         settings["pretrained"] = {m: train_unimodal.pretrained_of(args, m, encoders[m]) for m in modalities}
     else:                                                                     # --- step 1, Eq. 1 ---
-        unimodal = {m: train_unimodal.train(args, m, seed, args.umft_epochs, args.umft_lr) for m in modalities}
+        unimodal = {m: train_unimodal.train(args, m, seed, args.umft_epochs, args.umft_lr, reuse=True) for m in modalities}
         settings["unimodal"] = {m: dict(run=r.folder.name, sha256=checkpoints.sha256(r.folder / "model.safetensors")) for m, r in unimodal.items()}
     name = method if args.tune == "full" else f"{method}-{'all' if len(lora) == len(modalities) else '+'.join(lora)}-r{args.rank}"
-    name += "".join(f"-{encoders[m]}" for m in modalities if encoders[m] != default[m]) + ("-logits" if args.fusion == "logits" else "")
+    name += "".join(f"-{encoders[m]}" for m in modalities if encoders[m] != default.get(m)) + ("-logits" if args.fusion == "logits" else "")
     run = checkpoints.Run(Path(args.out) / args.dataset / f"{name}-s{seed}", settings)
     if run.result:
         return run

@@ -197,19 +197,27 @@ def fit(args, run: checkpoints.Run, models: torch.nn.ModuleDict, objective, info
 
 
 # ------------------------------------------------------------------------------------------------ Eq. 1
-def train(args, modality: str, seed: int, epochs: int | None = None, lr: float | None = None) -> checkpoints.Run:
-    """Fine-tune one modality's encoder, or return its run if that is finished already."""
+def train(args, modality: str, seed: int, epochs: int | None = None, lr: float | None = None, reuse: bool = False) -> checkpoints.Run:
+    """Fine-tune one modality's encoder, or return its run if that is finished already.
+
+    reuse: take a finished run as it is, however it was trained, as far as the command line does not ask for something else.
+    """
     folder, info = open_data(args, seed)
     if modality not in info["modalities"]:
         raise ValueError(f"--modality {modality}: {args.dataset} has {', '.join(info['modalities'])}")
     setting = paper.settings_for(args.dataset)
-    default = paper.encoders_for(args.dataset)[modality]
-    encoder = of_modality(args.encoder, modality, default)
+    default = paper.encoders_for(args.dataset).get(modality)
+    encoder = encoder_of(args, modality)
     settings = dict(method="unimodal", dataset=args.dataset, modality=modality, encoder=encoder, seed=seed, classes=info["classes"],
                     pretrained=pretrained_of(args, modality, encoder),
                     epochs=epochs or setting["umft_epochs"], batch_size=args.batch_size or setting["batch_size"],
                     lr=lr or paper.umft_lr(args.dataset, encoder, modality), optimizer=setting["optimizer"].get(modality, "adamw"), precision=precision(args))
-    run = checkpoints.Run(Path(args.out) / args.dataset / f"unimodal-{modality}{'' if encoder == default else '-' + encoder}-s{seed}", settings)
+    there = Path(args.out) / args.dataset / f"unimodal-{modality}{'' if encoder == default else '-' + encoder}-s{seed}"
+    if reuse and (there / "result.json").exists():
+        asked = dict(epochs=epochs, lr=lr, pretrained=of_modality(args.pretrained, modality))
+        before = checkpoints.read_json(there / "config.json")["settings"]
+        settings.update({k: before[k] for k in ("epochs", "lr", "pretrained", "batch_size", "optimizer", "precision") if asked.get(k) is None})
+    run = checkpoints.Run(there, settings)
     if run.result:
         return run
     torch.manual_seed(seed)
@@ -225,6 +233,14 @@ def train(args, modality: str, seed: int, epochs: int | None = None, lr: float |
                     **final_scores(args, run, models, info, folder, setting), best_epoch=state["best_epoch"],
                     trained_parameters=sum(p.numel() for p in model.parameters()), seconds=state["seconds"], peak_memory_mib=peak_memory_mib(args.device)))
     return run
+
+
+def encoder_of(args, modality: str) -> str:
+    """The encoder asked for, or the one of Table 2."""
+    encoder = of_modality(args.encoder, modality, paper.encoders_for(args.dataset).get(modality))
+    if not encoder:
+        raise ValueError(f"no encoder is known for modality {modality} of {args.dataset}: name one, --encoder {modality}=NAME")
+    return encoder
 
 
 def pretrained_of(args, modality: str, encoder: str) -> str:

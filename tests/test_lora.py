@@ -43,7 +43,7 @@ def model_of(kind, rank=2, lora=True):
     """(plain model, the same one with LoRA, input)"""
     torch.manual_seed(0)
     plain = UnimodalModel(ENCODERS[kind][0](), 5).eval()
-    model = copy.deepcopy(plain)
+    model = copy.deepcopy(plain).train()     # as a caller leaves it who has just trained it
     if lora:
         add_lora(model, rank)
     return plain, model, ENCODERS[kind][1]()
@@ -117,7 +117,7 @@ def test_a_frozen_encoder_draws_nothing_at_random(kind):
 @every_layer
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_update_is_scale_BA_of_rank_r(kind, scale):
-    """The additive forward against a convolution or product with W + scale BA, in float64; and the update's rank as a matrix (out, rest)."""
+    """The additive forward against a convolution or product with W + scale BA, in float64; and the rank as a matrix (out, rest)."""
     plain, lora, x = layer_of(kind, 2, scale)
     shake(lora)
     W, A, B = plain.weight.double(), lora.lora_A.double(), lora.lora_B.double()
@@ -151,12 +151,14 @@ def test_start_of_A_and_B():
 
 # ------------------------------------------------------------------------------------------------ add_lora, merge_lora
 @pytest.mark.parametrize("name, parameters, layers", [
-    ("vit_b16", 55_296, 36), ("vit_l14", 147_456, 72), ("audio_vit_b", 55_296, 36), ("bert_base", 55_296, 36), ("deberta_large", 147_456, 72)])
+    ("vit_b16", 55_296, 36), ("vit_l14", 147_456, 72), ("audio_vit_b", 55_296, 36),
+    ("bert_base", 55_296, 36), ("deberta_large", 147_456, 72)])
 def test_rank_one_is_small(name, parameters, layers):
     with torch.device("meta"):     # shapes without numbers
         model = UnimodalModel(build(name), 6)
         names = add_lora(model, rank=1)
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters == sum(t.numel() for t in lora_state_dict(model).values())
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters
+    assert sum(t.numel() for t in lora_state_dict(model).values()) == parameters
     assert len(names) == layers and len(lora_state_dict(model)) == 2 * layers
     assert names == [f"encoder.blocks.{i}.attention.{x}" for i in range(layers // 3) for x in ("query", "key", "value")]
 
@@ -237,7 +239,10 @@ def test_modes_never_change_weights(kind):
 def test_small_updates_survive_bf16(kind):
     """After Adam's first step B is 1e-4. Its effect, as a share of the true one (1 = all), in outputs that autocast rounds to bf16."""
     torch.manual_seed(0)
-    base, x = (nn.Linear(512, 512), torch.randn(2048, 512)) if kind == "linear" else (nn.Conv2d(64, 128, 3, padding=1), torch.randn(16, 64, 24, 24))
+    if kind == "linear":
+        base, x = nn.Linear(512, 512), torch.randn(2048, 512)
+    else:
+        base, x = nn.Conv2d(64, 128, 3, padding=1), torch.randn(16, 64, 24, 24)
     layer = KINDS[type(base)](base, 1)
     for parameter, rms in [(base.weight, 0.03), (layer.lora_A, 0.02), (layer.lora_B, 1e-4)]:
         nn.init.normal_(parameter, std=rms)
@@ -250,14 +255,16 @@ def test_small_updates_survive_bf16(kind):
     assert share(additive) < 0.5     # what most LoRA code does: the update drowns in the rounding of base(x)
 
 
-def test_gradients_under_autocast_are_those_of_float32():
+def test_autocast_does_not_round_the_update():
     torch.manual_seed(0)
     layer, x, g = shake(LoRALinear(nn.Linear(64, 48), 3)), torch.randn(100, 64), torch.randn(100, 48)
     wanted = torch.autograd.grad((layer(x) * g).sum(), (layer.lora_A, layer.lora_B))
+    delta = layer.delta()
     with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.delta(), delta)
         found = torch.autograd.grad((layer(x).float() * g).sum(), (layer.lora_A, layer.lora_B))
     for w, f in zip(wanted, found):
-        assert f.dtype == torch.float32 and (w - f).norm() < 0.01 * w.norm()
+        assert f.dtype == torch.float32 and (w - f).norm() < 0.01 * w.norm()     # nor its gradients
 
 
 def test_nothing_as_wide_as_the_output_is_kept_for_backward():
@@ -272,7 +279,8 @@ def test_nothing_as_wide_as_the_output_is_kept_for_backward():
 # ------------------------------------------------------------------------------------------------ Eq. 3
 def logits_of(M, B=7, C=5, scale=3.0, dtype=torch.float32):
     torch.manual_seed(M)
-    return {f"modality{m}": (scale * torch.randn(B, C)).to(dtype) for m in range(M)}, torch.randint(C, (B,)), torch.randint(2, (B, C), dtype=torch.uint8)
+    logits = {f"modality{m}": (scale * torch.randn(B, C)).to(dtype) for m in range(M)}
+    return logits, torch.randint(C, (B,)), torch.randint(2, (B, C), dtype=torch.uint8)
 
 
 def naive(logits, target):
@@ -322,7 +330,7 @@ def test_loss_of_extreme_logits_is_finite(M):
 
 
 def test_gradient_of_a_modality_carries_its_share_of_the_probability():
-    """d loss / d z_m = P_m(y) / sum_k P_k(y) (softmax(z_m) - onehot(y)): the cross-entropy's, weighted. How modalities adapt to each other."""
+    """d loss / d z_m = P_m(y) / sum_k P_k(y) (softmax(z_m) - onehot(y)): the cross-entropy's, weighted."""
     logits, y, _ = logits_of(3, dtype=torch.float64)
     z = [v.requires_grad_() for v in logits.values()]
     P = torch.stack([v.softmax(-1) for v in z])     # (M, B, C)
@@ -342,8 +350,8 @@ def test_order_of_modalities_does_not_matter():
 
 def test_mean_logits_is_the_other_average():
     logits, y, multi = logits_of(3)
-    mean = sum(z.double() for z in logits.values()) / 3
-    torch.testing.assert_close(mean_log_prob(mean_logits(logits)).double(), mean.log_softmax(-1), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(mean_prob_loss(mean_logits(logits), y).double(), F.cross_entropy(mean, y), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(mean_prob_loss(mean_logits(logits), multi).double(), F.binary_cross_entropy_with_logits(mean, multi.double()), rtol=1e-5, atol=1e-5)
+    ours, mean = mean_logits(logits), sum(z.double() for z in logits.values()) / 3
+    for found, wanted in [(mean_log_prob(ours), mean.log_softmax(-1)), (mean_prob_loss(ours, y), F.cross_entropy(mean, y)),
+                          (mean_prob_loss(ours, multi), F.binary_cross_entropy_with_logits(mean, multi.double()))]:
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(mean_log_prob(mean_logits(logits)), mean_log_prob(logits), atol=0.1)

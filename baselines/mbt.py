@@ -1,0 +1,114 @@
+"""MBT: attention bottlenecks (Nagrani et al., "Attention Bottlenecks for Multimodal Fusion", NeurIPS 2021; google-research/scenic, projects/mbt).
+
+    python -m baselines.mbt --dataset crema_d
+    python -m baselines.mbt --dataset crema_d --fusion-layers 1         # control: nothing crosses, see below
+    python -m baselines.mbt --dataset food101 --bottlenecks 8           # ViT and BERT
+
+If every token of one modality attends to every token of the other, attention is quadratic in all of them, and most have little to tell.
+So let them meet in n bottleneck tokens b only: each tower must write down what the others should know, in very little space.
+
+    first blocks:        z_m <- T_m(z_m)                                   each tower alone
+    last F blocks:       [z_m ; b_m] <- T_m([z_m ; b])                     every tower reads the same b ...
+                         b <- (1/M) sum_m b_m                              ... and what they wrote is averaged
+    f_m = W_m h_m + c_m, h_m the class token of tower m;      loss: (1/M) sum_m CE(f_m, y);      prediction: softmax of (1/M) sum_m f_m
+
+What one tower writes in a block the others read in the next. So F = 1 exchanges nothing, though it has bottlenecks: a fair control.
+Any number of modalities M >= 2, on ViT, AudioViT and BERT.
+
+Where we differ from the authors' code, and why:
+ 1. It trains audio and video towers from ImageNet-21k weights. Ours are the encoders, public weights and optimiser of all methods here.
+ 2. Towers may differ in width. b is as wide as the widest; a narrower one gets a linear layer in and one back, the same for all its blocks.
+ 3. Frames become one sequence of 16 x 16 x 2 tubes there, 8 s of sound one picture. Our encoders read single frames and 2 s clips: each
+    view is a sequence of its own, and b_m is averaged over the views of a sample, so views meet in the bottleneck, too.
+ 4. We classify class tokens, as the paper does, each modality by a head of its own (of BERT: after its pooler). One head is shared there,
+    which towers of different width cannot do; its released configuration averages all tokens instead. It starts from W = 0, we do not.
+ 5. The paper averages logits. Its code does so at test only, and averages the cross-entropies in training. So do we.
+ 6. Mixup, label smoothing, dropped layers and SpecAugment are left out: no method here has them.
+ 7. F = 4 of 12 blocks and n = 4 are published. A tower with fewer than F blocks makes all towers fuse in as many as it has.
+"""
+import torch
+from torch import nn
+
+import train_unimodal
+from baselines import common
+from encoders import BERT
+
+
+def arguments():
+    parser = common.arguments(__doc__)
+    a = parser.add_argument
+    a("--bottlenecks", type=int, default=4, help="tokens that all modalities share: the fewer, the less can cross")
+    a("--fusion-layers", type=int, default=4, help="how many blocks, the last ones, have them; all of the shallowest tower at most")
+    return parser
+
+
+class Bottleneck(nn.Module):
+    """The shared tokens b and the fusion layers. models: modality -> UnimodalModel, nothing else added yet."""
+
+    def __init__(self, models: nn.ModuleDict, tokens: int, layers: int):
+        super().__init__()
+        widths = {m: model.encoder.width for m, model in models.items()}
+        width = max(widths.values())
+        self.layers = min(layers, *(len(model.encoder.blocks) for model in models.values()))
+        self.tokens = nn.Parameter(torch.randn(tokens, width) * 0.02)
+        self.into = nn.ModuleDict({m: nn.Linear(width, w) if w < width else nn.Identity() for m, w in widths.items()})
+        self.back = nn.ModuleDict({m: nn.Linear(w, width) if w < width else nn.Identity() for m, w in widths.items()})
+
+    def forward(self, models: nn.ModuleDict, x: dict) -> dict:
+        """-> h_m of every modality in x, (B, D_m) float32, each having read what the others wrote."""
+        towers = {m: common.Tower(models[m].encoder, x[m], self.layers) for m in x}
+        b = self.tokens.expand(len(next(iter(x.values()))), -1, -1)                        # (B, n, D)
+        for i in range(self.layers):
+            written = []
+            for m, tower in towers.items():
+                tower.x, b_m = tower.block(i, self.into[m](b))                             # all read the same b: it changes after this loop
+                written.append(self.back[m](b_m))
+            b = torch.stack(written).mean(0)
+        h = {m: tower.feature() for m, tower in towers.items()}
+        return {m: models[m].encoder.pooler(v).tanh().float() if isinstance(models[m].encoder, BERT) else v for m, v in h.items()}
+
+
+def train(args, seed):
+    if min(args.bottlenecks, args.fusion_layers) < 1:
+        raise ValueError(f"--bottlenecks {args.bottlenecks} --fusion-layers {args.fusion_layers}: both are 1 or more")
+    common.only_transformers(common.encoder_names(args, train_unimodal.open_data(args, seed)[1]))
+    task = common.start(args, seed, "mbt", arguments(), "bottlenecks", "fusion_layers")
+    if task.run.result:
+        return task.run
+    models, load = common.encoders(task)
+    torch.manual_seed(seed)
+    for m in task.modalities:
+        models[m].head = nn.Linear(models[m].encoder.width, len(task.info["classes"]))
+    models["bottleneck"] = Bottleneck(models, args.bottlenecks, args.fusion_layers)
+    models.to(args.device)
+    optimizer = common.optimizer_for(task, models)
+
+    def heads(x):
+        with common.autocast(task):
+            h = models["bottleneck"](models, x)
+        return {m: models[m].head(h[m]) for m in h}                                        # no modality is alone any more: each head knows of all
+
+    def joint(z):
+        return torch.stack(list(z.values())).mean(0)
+
+    def logits(x):
+        return {"joint": joint(heads(x))}
+
+    for epoch in common.epochs(task, models, optimizer, logits, load):
+        for batch in epoch:
+            optimizer.zero_grad()
+            for x, y, share in batch:
+                z = heads(x)
+                loss = sum(common.cross_entropy(z[m], y) for m in z) / len(z)              # --- MBT: a loss for each class token ---
+                (share * loss).backward()
+                epoch.count(loss, joint(z), y)
+            optimizer.step()
+    return common.finish(task, models, logits, load)
+
+
+def main():
+    common.main(arguments(), train, "MBT")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,785 @@
+"""The three scripts as their users run them, on toys small enough for a test; and what they are made of: optimisers, schedules, metrics.
+
+Most tests run a script in this process (`call`), its command line, `__main__` block and all; where the process itself matters (exit code,
+SIGKILL) it is a real one.
+"""
+import contextlib
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import runpy
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import checkpoints
+import data
+import evaluate
+import paper
+import train_joint
+import train_unimodal
+from encoders import UnimodalModel, build
+from lora import add_lora
+from train_unimodal import BertAdam, lr_factor, make_optimizer
+
+ROOT = Path(__file__).parents[1]
+SMALL = "--umft-epochs 15 --epochs 4 --batch-size 16".split()     # of `base`, the run that most tests start from
+UNIMODAL = "--epochs 15 --batch-size 16".split()                  # its uni-modal runs, on their own command line
+MMLORA = "toy/mmlora-all-r1-s0"
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    """Folder of prepared data: toys of seeds 0 to 2 with 200 samples to train on, and `pairs`, the same with two labels a sample."""
+    folder, sizes = tmp_path_factory.mktemp("data"), data.TOY_SIZES
+    data.TOY_SIZES = {"train": 200, "val": 100, "test": 120}
+    for seed in range(3):
+        data.find(folder, "toy", seed)
+    data.TOY_SIZES = sizes
+    shutil.copytree(folder / "toy-s0", folder / "pairs")
+    info = json.loads((folder / "pairs" / "dataset.json").read_text())
+    info |= dict(name="pairs", classes=["flat or rise", "trilled", "hollow", "never"], multilabel=True, groups={})
+    (folder / "pairs" / "dataset.json").write_text(json.dumps(info))
+    for split in ("train", "val", "test"):
+        y = np.load(folder / "pairs" / split / "labels.npy")
+        np.save(folder / "pairs" / split / "labels.npy", np.stack([y % 4 < 2, y % 8 >= 4, y % 3 == 0, y < 0], 1).astype(np.uint8))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base(root, tmp_path_factory):
+    """A finished `train_joint.py` with all that it trains on the way: its folder, what it printed, its results."""
+    out = tmp_path_factory.mktemp("base")
+    printed = call("train_joint.py", *SMALL, out=out, root=root)
+    return SimpleNamespace(out=out, printed=printed, run=out / MMLORA, result=result(out, MMLORA))
+
+
+@pytest.fixture
+def copied(base, tmp_path):
+    """A copy of `base` to go on from, or to spoil."""
+    return shutil.copytree(base.out, tmp_path / "runs")
+
+
+def call(script, *words, out=None, root=None):
+    """Run a script as `python script words` does; -> what it printed."""
+    words = [*map(str, words), *(("--out", str(out)) if out else ()), *(("--data-root", str(root)) if root else ())]
+    before, printed = sys.argv, io.StringIO()
+    sys.argv = [script, *words]
+    try:
+        with contextlib.redirect_stdout(printed):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    finally:
+        sys.argv = before
+    return printed.getvalue()
+
+
+def error(script, *words, **where):
+    """The one line that a script ends with."""
+    with pytest.raises(SystemExit) as exit:
+        call(script, *words, **where)
+    assert isinstance(exit.value.code, str) and exit.value.code.startswith("error: ") and "\n" not in exit.value.code, exit.value.code
+    return exit.value.code
+
+
+def process(script, *words, out, root):
+    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, words), "--out", str(out), "--data-root", str(root)],
+                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
+
+
+def result(out, run):
+    return json.loads((out / run / "result.json").read_text())
+
+
+def log_of(out, run):
+    return [json.loads(line) for line in (out / run / "log.jsonl").read_text().splitlines()]
+
+
+def tensors(out, run, name="model"):
+    return load_file(out / run / f"{name}.safetensors")
+
+
+def timeless(value):
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "samples_per_second", "peak_memory_mib")}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+def everything(out):
+    """All that a folder of runs says, but for how long it took: file -> bytes or parsed JSON."""
+    read = {".safetensors": lambda f: f.read_bytes(),
+            ".jsonl": lambda f: timeless([json.loads(line) for line in f.read_text().splitlines()]),
+            ".json": lambda f: timeless(json.loads(f.read_text()).get("settings") or json.loads(f.read_text()))}     # config or result
+    return {str(f.relative_to(out)): read[f.suffix](f) for f in sorted(out.rglob("[!.]*")) if f.is_file()}
+
+
+def table(printed):
+    """Row label -> the words after it, of a closing table."""
+    lines = [re.split(r"  +", line.strip()) for line in printed.splitlines() if re.search(r"\d\.\d", line) and "samples" not in line]
+    return {label: cells for label, *cells in lines}
+
+
+def accuracy(p, labels):
+    return sum(int(row.argmax()) == int(y) for row, y in zip(p, labels)) / len(labels)
+
+
+# ------------------------------------------------------------------------------------------------ the whole chain
+def test_closing_table(base):
+    """Every modality alone, their ensemble under both averages, MMLoRA: the numbers of result.json, with the standard error of one run."""
+    rows, ume, test = table(base.printed), base.result["ume"]["test"], base.result["test"]
+    wanted = {"audio alone (UMFT)": (ume["audio"], 22_412), "visual alone (UMFT)": (ume["visual"], 24_332),
+              "UME, probabilities averaged": (ume["prob"], 0), "UME, logits averaged": (ume["logits"], 0),
+              "MMLoRA, rank 1, LoRA on audio + visual": (test["prob"], 768)}
+    assert list(rows) == list(wanted)
+    for label, (scores, trained) in wanted.items():
+        p = scores["accuracy"]
+        assert rows[label][0] == f"{100 * p:.1f} +- {100 * math.sqrt(p * (1 - p) / 120):.1f}"
+        assert rows[label][1:4] == [f"{100 * scores['groups'][g]:.1f}" for g in ("mimics", "clean", "noisy")]
+        assert rows[label][4].replace(",", "") == str(trained)
+    assert "120 samples, 12 classes" in base.printed
+
+
+@pytest.mark.parametrize("words", ["", "--no-umft --fusion logits --rank 16", "--fusion logits --lora visual"])
+def test_table_is_aligned(words, base, copied, root):
+    printed = call("train_joint.py", *SMALL, "--epochs", 1, *words.split(), out=copied, root=root) if words else base.printed
+    header = next(line for line in printed.splitlines() if " accuracy " in line)
+    numbers = [line for line in printed.splitlines() if re.search(r"\d\.\d \+-", line)]
+    assert len(numbers) == len(table(printed)) > 0
+    for line in numbers:     # the end of the first number's column is the end of its heading
+        assert re.search(r"\d \+- \d+\.\d$", line[:header.index("accuracy") + len("accuracy")]), line
+
+
+def test_run_folders(base):
+    for run, method, epochs in [(MMLORA, "mmlora", 4)] + [(f"toy/unimodal-{m}-s0", "unimodal", 15) for m in ("audio", "visual")]:
+        folder, done, log = base.out / run, result(base.out, run), log_of(base.out, run)
+        assert {f.name for f in folder.iterdir()} == {"config.json", "log.jsonl", "model.safetensors", "logits.safetensors", "result.json"}
+        config = json.loads((folder / "config.json").read_text())
+        settings = config["settings"]
+        assert settings["method"] == done["method"] == method and settings["epochs"] == epochs and settings["batch_size"] == 16
+        assert "train_joint.py" in config["command"] and config["versions"]["torch"] == torch.__version__
+        assert [line["epoch"] for line in log] == list(range(epochs + 1)) and log[0]["loss"] is None
+        assert all(line["loss"] > 0 and 0 <= line["train"] <= 1 for line in log[1:])
+        assert all(line["seconds"] > 0 and line["samples_per_second"] > 0 for line in log[1:])
+        chosen = "prob" if method == "mmlora" else settings["modality"]
+        keys = [(line["val"][chosen]["accuracy"], -line["val"][chosen]["loss"]) for line in log]
+        assert done["best_epoch"] == keys.index(max(keys))     # of the validation split; of equal ones the first
+        assert {k: v["accuracy"] for k, v in done["val"].items()} == {k: v["accuracy"] for k, v in log[done["best_epoch"]]["val"].items()}
+        assert done["seconds"] == pytest.approx(sum(line["seconds"] for line in log[1:])) and done["peak_memory_mib"] > 0
+    assert log[-1]["loss"] < log[1]["loss"]     # it does learn
+    assert [set(x) for x in (base.result["val"], base.result["test"])] == [{"audio", "visual", "prob", "logits"}] * 2
+    for m, entry in json.loads((base.run / "config.json").read_text())["settings"]["unimodal"].items():
+        assert entry == dict(run=f"unimodal-{m}-s0", sha256=checkpoints.sha256(base.out / "toy" / f"unimodal-{m}-s0" / "model.safetensors"))
+
+
+def test_mmlora_stores_A_and_B_only(base):
+    stored = tensors(base.out, MMLORA)
+    assert len(stored) == 2 * 2 * 6 and all(name.endswith(("lora_A", "lora_B")) for name in stored)     # two encoders, two blocks, q, k, v
+    assert sum(t.numel() for t in stored.values()) == base.result["trained_parameters"] == 768
+    assert base.result["best_epoch"] > 0 and all(t.any() for t in stored.values())     # else most tests of this file would compare B = 0
+    unimodal = tensors(base.out, "toy/unimodal-audio-s0")
+    assert result(base.out, "toy/unimodal-audio-s0")["trained_parameters"] == sum(t.numel() for t in unimodal.values())
+
+
+def test_ume_is_the_fused_predictions_of_the_unimodal_runs(base, root):
+    alone = {m: tensors(base.out, f"toy/unimodal-{m}-s0", "logits") for m in ("audio", "visual")}
+    for split in ("val", "test"):
+        labels = np.load(root / "toy-s0" / split / "labels.npy")
+        z = {m: alone[m][f"{split}.{m}"].double() for m in alone}
+        ume = base.result["ume"][split]
+        mean = sum(v.softmax(-1) for v in z.values()) / 2
+        assert ume["prob"]["accuracy"] == pytest.approx(accuracy(mean, labels), abs=1e-6)
+        assert ume["prob"]["loss"] == pytest.approx(float(-mean[range(len(labels)), labels].log().mean()), rel=1e-5)
+        assert ume["logits"]["accuracy"] == pytest.approx(accuracy(z["audio"] + z["visual"], labels), abs=1e-6)
+        for m in z:
+            assert ume[m]["accuracy"] == pytest.approx(accuracy(z[m], labels), abs=1e-6)
+            assert ume[m] == result(base.out, f"toy/unimodal-{m}-s0")[split][m]
+
+
+def test_epoch_0_is_the_unimodal_ensemble(base):
+    """B = 0: not nearly, but exactly. So by the validation score MMLoRA can only stay or improve."""
+    assert log_of(base.out, MMLORA)[0]["val"] == base.result["ume"]["val"]
+    now, before = base.result["val"]["prob"], base.result["ume"]["val"]["prob"]
+    assert (now["accuracy"], -now["loss"]) >= (before["accuracy"], -before["loss"])
+
+
+def test_test_split_is_opened_after_training(root, tmp_path, monkeypatch):
+    order, opened, logged = [], data.Split, checkpoints.Run.log
+    monkeypatch.setattr(data, "Split", lambda folder, name: order.append(name) or opened(folder, name))
+    monkeypatch.setattr(checkpoints.Run, "log", lambda self, line: order.append(line["epoch"]) or logged(self, line))
+    call("train_joint.py", "--no-umft", "--epochs", 2, out=tmp_path, root=root)
+    assert order.index("test") > order.index(2) and "train" in order[:order.index(0)]
+
+
+# ------------------------------------------------------------------------------------------------ again, interrupted, otherwise
+def test_the_same_seed_gives_the_same_runs(base, root, tmp_path):
+    """Step by step, as the README's three commands do it, in another folder: bit by bit what `train_joint.py` alone did."""
+    for modality in ("audio", "visual"):
+        assert f"{modality} alone" in call("train_unimodal.py", "--modality", modality, *UNIMODAL, out=tmp_path, root=root)
+    again = call("train_joint.py", *SMALL, out=tmp_path, root=root)
+    assert everything(tmp_path) == everything(base.out)
+    cut = lambda printed: [line[:-9] for line in printed.splitlines()]     # without the seconds
+    assert cut(again) == cut(base.printed)
+    before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.*")}
+    assert cut(call("train_joint.py", *SMALL, out=tmp_path, root=root)) == cut(again)     # finished already: only the table
+    assert {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.*")} == before
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("words", ["", "--tune full", "--no-umft"])
+def test_a_killed_run_goes_on_where_it_was(words, base, root, tmp_path, monkeypatch):
+    """Killed again and again, before, within and after the writing of an epoch: nothing is lost but the epoch that was under way."""
+    if words:
+        reference, out = (shutil.copytree(base.out, tmp_path / name) for name in ("whole", "killed"))
+        call("train_joint.py", *SMALL, *words.split(), out=reference, root=root)
+    else:
+        reference, out = base.out, tmp_path / "killed"
+    old = set(out.glob("toy/*"))
+    chance, epochs, save, log, save_tensors = random.Random(1), [], checkpoints.Run.save, checkpoints.Run.log, checkpoints.Run.save_tensors
+    often = 0.3 if words else 0.08
+
+    def killed_save(self, *args):
+        for moment in ("before", "after"):
+            if chance.random() < often:
+                raise Killed
+            if moment == "before":
+                save(self, *args)
+
+    def killed_save_tensors(self, name, content):
+        save_tensors(self, name, content)
+        if chance.random() < often:     # a new model.safetensors, but the state of the epoch before
+            raise Killed
+
+    def killed_log(self, line):
+        epochs.append(line["epoch"])
+        if chance.random() < often:
+            with open(self.folder / "log.jsonl", "a") as f:
+                f.write(json.dumps(line)[:30])     # half a line
+            raise Killed
+        log(self, line)
+    for name, function in (("save", killed_save), ("log", killed_log), ("save_tensors", killed_save_tensors)):
+        monkeypatch.setattr(checkpoints.Run, name, function)
+    for kills in itertools.count():
+        try:
+            call("train_joint.py", *SMALL, *words.split(), out=out, root=root)
+            break
+        except Killed:
+            pass
+    assert kills > (1 if words else 5)
+    assert everything(out) == everything(reference)
+    whole = sum(len(log_of(out, run)) for run in set(out.glob("toy/*")) - old)
+    assert len(epochs) <= whole + 2 * kills     # no epoch that was whole is done again; before the first one is, epoch 0 is
+
+
+def test_a_process_killed_at_any_moment(base, root, tmp_path):
+    log = tmp_path / "toy" / "unimodal-visual-s0" / "log.jsonl"
+    child = process("train_joint.py", *SMALL, out=tmp_path, root=root)
+    while child.poll() is None and not (log.exists() and log.read_text().count("\n") > 4):
+        time.sleep(0.005)
+    child.kill()
+    child.communicate()
+    assert child.returncode == -9 and not (log.parent / "result.json").exists()
+    call("train_joint.py", *SMALL, out=tmp_path, root=root)
+    assert everything(tmp_path) == everything(base.out)
+
+
+def test_files_are_replaced_whole_or_not_at_all(copied, monkeypatch):
+    """Killed before the new file has its name: the old one is still there, from the first byte to the last."""
+    run = checkpoints.Run(copied / MMLORA, json.loads((copied / MMLORA / "config.json").read_text())["settings"])
+    before = everything(copied)
+
+    def kill(*_):
+        raise Killed
+    monkeypatch.setattr(os, "replace", kill)
+    for write in (lambda: run.save_tensors("model.safetensors", {"x": torch.zeros(9)}), lambda: run.finish({"never": "mind"})):
+        with pytest.raises(Killed):
+            write()
+        assert everything(copied) == before
+
+
+@pytest.mark.parametrize("name", ["adamw", "bertadam", "sgd"])
+def test_optimisers_survive_a_stop(name, tmp_path):
+    def start():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+        return model, make_optimizer(name, model, 0.05, 0.1, steps=10)
+
+    def steps(model, optimizer, numbers):
+        for n in numbers:
+            optimizer.zero_grad()
+            model(torch.randn(6, 5, generator=torch.Generator().manual_seed(n))).square().sum().backward()
+            optimizer.step()
+    whole, optimizer = start()
+    steps(whole, optimizer, range(6))
+    model, optimizer = start()
+    steps(model, optimizer, range(3))
+    run = checkpoints.Run(tmp_path / "run", {})
+    assert run.resume(optimizer) == ({}, {})     # nothing to go on from
+    for epoch in range(2):
+        run.log(dict(epoch=epoch))
+    run.save(model.state_dict(), optimizer, dict(lines=1), best=True)
+    model, optimizer = start()
+    loaded, state = checkpoints.Run(tmp_path / "run", {}).resume(optimizer)
+    model.load_state_dict(loaded)
+    assert state == dict(lines=1) and log_of(tmp_path, "run") == [dict(epoch=0)]     # a line without its state is cut off
+    steps(model, optimizer, range(3, 6))
+    assert all(torch.equal(t, whole.state_dict()[k]) for k, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("words, named", [("--epochs 5", "epochs 4 (now 5)"), ("--lr 0.01", "lr 0.05 (now 0.01)"),
+                                          ("--precision bf16", "precision fp32 (now bf16)"),
+                                          ("--umft-epochs 21", "epochs 15 (now 21)"), ("--umft-lr 0.5", "(now 0.5)")])
+def test_a_folder_keeps_one_setting(words, named, base, root):
+    before = everything(base.out)
+    message = error("train_joint.py", *SMALL, *words.split(), out=base.out, root=root)
+    assert named in message and "--out" in message and str(base.out / "toy") in message
+    assert everything(base.out) == before
+
+
+def test_settings_of_the_paper_file_count_too(base, root, monkeypatch):
+    """A student changes the weight decay in paper.py and runs again: the old result must not pass for the new one."""
+    monkeypatch.setitem(paper.SETTINGS, "toy", paper.SETTINGS["toy"] | dict(weight_decay=0.5))
+    assert "weight_decay" in error("train_joint.py", *SMALL, out=base.out, root=root)
+
+
+@pytest.mark.parametrize("modality, encoder", [("audio", "audio_vit_toy"), ("visual", "vit_toy")])
+def test_training_is_a_plain_loop_whatever_the_micro_batch(modality, encoder, root, tmp_path, monkeypatch):
+    """Eq. 1 with SGD (linear in the gradient) against a few lines of PyTorch; parts of a batch see the augmentation of the whole."""
+    last, save, setting = {}, checkpoints.Run.save, paper.settings_for("toy")
+
+    def spy(self, stored, *rest):
+        last.update({k: v.clone() for k, v in stored.items()})
+        save(self, stored, *rest)
+    torch.manual_seed(0)
+    model, split = UnimodalModel(build(encoder), 12), data.Split(root / "toy-s0", "train")
+    for step in range(8):     # 200 samples are 64 + 64 + 64 + 8, twice
+        if step % 4 == 0:
+            generator = data.epoch_rng(0, 1 + step // 4)
+            order = data.batches(200, 64, generator)
+        x = data.model_input(split, modality, order[step % 4], model.encoder, "cpu", setting, generator)
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x), split.labels[order[step % 4]]).backward()
+        for p in model.parameters():
+            p.data -= 0.2 * lr_factor("cosine", step, 8, []) * p.grad
+    monkeypatch.setattr(checkpoints.Run, "save", spy)
+    monkeypatch.setattr(train_unimodal, "make_optimizer", lambda name, models, *_: torch.optim.SGD(models.parameters(), lr=1e9))
+    for size in ("64", "24", "7"):
+        words = f"--modality {modality} --epochs 2 --lr 0.2 --micro-batch {size} --out {tmp_path / size} --data-root {root}"
+        monkeypatch.setattr(sys, "argv", ["train_unimodal.py", *words.split()])
+        train_unimodal.main()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(last[f"{modality}.{name}"], p.data, rtol=0, atol=2e-6)
+
+
+def test_the_best_epoch_is_the_first_of_equal_ones_and_may_be_epoch_0(base, copied, root):
+    for lr, run in ((1e-30, "toy/mmlora-all-r3-s0"), (2, "toy/mmlora-all-r4-s0")):     # nothing changes; everything breaks
+        call("train_joint.py", *SMALL, "--lr", lr, "--rank", run[-4], out=copied, root=root)
+        done = result(copied, run)
+        assert done["best_epoch"] == 0 and done["test"] == done["ume"]["test"]
+        assert not any(t.any() for name, t in tensors(copied, run).items() if name.endswith("lora_B"))     # that epoch's weights
+    assert log_of(copied, run)[-1]["val"]["prob"]["accuracy"] < log_of(copied, run)[0]["val"]["prob"]["accuracy"]     # it did break
+
+
+def test_unimodal_runs_serve_any_joint_run(base, copied, root):
+    """Whatever they were trained with: only what is asked for on the command line has to agree."""
+    before = {f: f.stat().st_mtime_ns for f in copied.glob("toy/unimodal-*/*")}
+    call("train_joint.py", "--rank", 2, "--epochs", 1, "--batch-size", 40, out=copied, root=root)
+    call("train_joint.py", *"--rank 3 --epochs 1 --umft-epochs 15 --umft-lr 2e-3 --pretrained none".split(), out=copied, root=root)
+    assert {f: f.stat().st_mtime_ns for f in copied.glob("toy/unimodal-*/*")} == before
+    assert "epochs 15 (now 7)" in error("train_joint.py", "--rank", 4, "--epochs", 1, "--umft-epochs", 7, out=copied, root=root)
+
+
+# ------------------------------------------------------------------------------------------------ variants of the method
+def test_tune_full(base, copied, root):
+    printed = call("train_joint.py", *SMALL, "--tune", "full", out=copied, root=root)
+    full, stored = result(copied, "toy/full-s0"), tensors(copied, "toy/full-s0")
+    assert full["method"] == "full" and full["trained_parameters"] == sum(t.numel() for t in stored.values()) == 22_412 + 24_332
+    assert full["ume"] == base.result["ume"] and list(table(printed))[-1] == "Fully fine-tuned UME" and len(table(printed)) == 5
+    before = {**tensors(base.out, "toy/unimodal-audio-s0"), **tensors(base.out, "toy/unimodal-visual-s0")}
+    assert full["best_epoch"] > 0 and stored.keys() == before.keys()
+    assert not [name for name in stored if torch.equal(stored[name], before[name])]     # every tensor has moved
+
+
+def test_no_umft(root, tmp_path):
+    printed = call("train_joint.py", "--no-umft", "--epochs", 3, "--batch-size", 16, out=tmp_path, root=root)
+    run = "toy/no-umft-all-r1-s0"
+    done, stored = result(tmp_path, run), tensors(tmp_path, run)
+    assert [f.name for f in (tmp_path / "toy").iterdir()] == ["no-umft-all-r1-s0"] and "ume" not in done
+    assert list(table(printed)) == ["MMLoRA without UMFT, rank 1, LoRA on audio + visual"]
+    assert done["trained_parameters"] == 768 + 2 * (32 * 12 + 12) and done["best_epoch"] > 0     # LoRA and heads
+    torch.manual_seed(0)
+    for m, encoder in done["encoders"].items():     # the same draws as in the script
+        fresh = UnimodalModel(build(encoder), 12)
+        add_lora(fresh)
+        for name, t in fresh.state_dict().items():
+            assert torch.equal(t, stored[f"{m}.{name}"]) != (name.startswith("head.") or name.endswith(("lora_A", "lora_B"))), name
+
+
+def test_lora_on_one_modality_leaves_the_other_alone(base, copied, root, monkeypatch):
+    seen, predict = [], evaluate.predict
+    monkeypatch.setattr(evaluate, "predict", lambda model, split, m, *rest: seen.append(m) or predict(model, split, m, *rest))
+    call("train_joint.py", *SMALL, "--lora", "audio", out=copied, root=root)
+    run = "toy/mmlora-audio-r1-s0"
+    assert result(copied, run)["trained_parameters"] == 384 and all(name.startswith("audio.") for name in tensors(copied, run))
+    logits = tensors(copied, run, "logits")
+    for name in logits:     # val.audio, ...
+        alone = tensors(base.out, f"toy/unimodal-{name.split('.')[1]}-s0", "logits")[name]
+        assert torch.equal(logits[name], alone) == ("visual" in name or result(copied, run)["best_epoch"] == 0)
+    assert seen.count("visual") == 1 + 2 and seen.count("audio") == 1 + 4 + 2     # what can't change is predicted once; then val and test
+
+
+@pytest.mark.parametrize("words, run", [("all", "all"), ("visual audio", "all"), ("audio visual audio", "all"), ("audio audio", "audio")])
+def test_lora_takes_a_set_of_modalities(words, run, copied, root):
+    """In any order, however often one is named: the same run, under the same name."""
+    call("train_joint.py", *SMALL, "--lora", *words.split(), out=copied, root=root)
+    assert {f.name for f in copied.glob("toy/mmlora-*")} == {"mmlora-all-r1-s0", f"mmlora-{run}-r1-s0"}
+
+
+def test_rank_and_fusion(base, copied, root):
+    printed = call("train_joint.py", *SMALL, "--rank", 2, "--fusion", "logits", out=copied, root=root)
+    run = "toy/mmlora-all-r2-logits-s0"
+    done, stored = result(copied, run), tensors(copied, run)
+    assert done["fusion"] == "logits" and done["trained_parameters"] == 2 * 768 == sum(t.numel() for t in stored.values())
+    assert {min(t.shape) for t in stored.values()} == {2}
+    assert done["val"]["logits"]["accuracy"] >= done["ume"]["val"]["logits"]["accuracy"]     # selected by what is averaged
+    label, cells = list(table(printed).items())[-1]
+    assert label == "MMLoRA, rank 2, LoRA on audio + visual, logits"
+    assert cells[0].startswith(f"{100 * done['test']['logits']['accuracy']:.1f}")
+    other = shutil.copytree(base.out, copied.parent / "prob")
+    call("train_joint.py", *SMALL, "--rank", 2, out=other, root=root)
+    losses = [log_of(folder, run)[1]["loss"] for folder, run in ((copied, run), (other, "toy/mmlora-all-r2-s0"))]
+    assert losses[0] != losses[1]     # the loss is of what is averaged, too
+
+
+def test_seeds(root, tmp_path):
+    words = "--umft-epochs 3 --epochs 1 --batch-size 16 --seeds 1 2 0".split()
+    printed = call("train_joint.py", *words, out=tmp_path, root=root)
+    assert "Mean +- standard deviation of 3 seeds" in printed
+    results = [result(tmp_path, f"toy/mmlora-all-r1-s{seed}") for seed in (1, 2, 0)]
+    for label, pick in [("UME, probabilities averaged", lambda r: r["ume"]["test"]["prob"]),
+                        ("MMLoRA, rank 1, LoRA on audio + visual", lambda r: r["test"]["prob"]),
+                        ("audio alone (UMFT)", lambda r: result(tmp_path, f"toy/unimodal-audio-s{r['seed']}")["test"]["audio"])]:
+        values = [100 * pick(r)["accuracy"] for r in results]
+        assert table(printed)[label][0] == f"{statistics.mean(values):.1f} +- {statistics.stdev(values):.1f}" and len(set(values)) > 1
+        values = [100 * pick(r)["groups"]["noisy"] for r in results]
+        assert table(printed)[label][3] == f"{statistics.mean(values):.1f} +- {statistics.stdev(values):.1f}"
+
+
+def test_other_encoders_for_one_modality_or_all(root, tmp_path):
+    words = "--epochs 1 --umft-epochs 1 --encoder visual=resnet18 --pretrained visual=none".split()
+    call("train_joint.py", *words, out=tmp_path, root=root)
+    run, = tmp_path.glob("toy/mmlora-*")
+    assert result(tmp_path, run)["encoders"] == {"audio": "audio_vit_toy", "visual": "resnet18"}
+    assert {f.name for f in tmp_path.glob("toy/unimodal-*")} == {"unimodal-audio-s0", "unimodal-visual-resnet18-s0"}
+    stored = load_file(run / "model.safetensors")
+    assert sum("lora_A" in name for name in stored) == 6 + 20 and len(stored) == 2 * 26     # no BatchNorm statistics among them
+    assert train_unimodal.of_modality(["audio=resnet18", "vit_b32"], "audio") == "resnet18"
+    assert train_unimodal.of_modality(["audio=resnet18", "vit_b32"], "visual") == "vit_b32"
+    assert train_unimodal.of_modality(["audio=resnet18"], "visual", "vit_b16") == "vit_b16"
+    assert train_unimodal.of_modality(["none"], "visual", "vit_b16") == "none" and train_unimodal.of_modality([], "visual") is None
+
+
+def test_bf16(root, tmp_path):
+    call("train_joint.py", "--no-umft", "--epochs", 1, "--precision", "bf16", out=tmp_path, root=root)
+    call("train_joint.py", "--no-umft", "--epochs", 1, out=tmp_path / "fp32", root=root)
+    ours, exact = (tensors(folder, "toy/no-umft-all-r1-s0", "logits")["test.audio"] for folder in (tmp_path, tmp_path / "fp32"))
+    assert ours.dtype == torch.float32 and not torch.equal(ours, exact) and (ours - exact).abs().max() < 0.1
+
+
+def test_several_labels_a_sample(root, tmp_path):
+    """The same scripts where a sample has several labels: binary losses, F1 instead of accuracy."""
+    words = "--dataset pairs --encoder audio=audio_vit_toy visual=vit_toy --umft-epochs 4 --epochs 2 --batch-size 16".split()
+    printed = call("train_joint.py", *words, out=tmp_path, root=root)
+    run, = tmp_path.glob("pairs/mmlora-*")
+    done, logits, labels = result(tmp_path, run), tensors(tmp_path, run, "logits"), np.load(root / "pairs/test/labels.npy")
+    p = (logits["test.audio"].double().sigmoid() + logits["test.visual"].double().sigmoid()) / 2
+    y = torch.from_numpy(labels)
+    micro, macro = naive_f1((p > 0.5).tolist(), labels.tolist())
+    scores = done["test"]["prob"]
+    assert scores["f1_micro"] == pytest.approx(micro) and scores["f1_macro"] == pytest.approx(macro) and 0 < macro < micro
+    assert scores["loss"] == pytest.approx(float(-torch.where(y.bool(), p, 1 - p).log().mean()), rel=1e-5)
+    assert list(table(printed).values())[-1][:2] == [f"{100 * micro:.1f}", f"{100 * macro:.1f}"]
+    log = log_of(tmp_path, run)
+    assert done["best_epoch"] == max(range(3), key=lambda e: (log[e]["val"]["prob"]["f1_micro"], -log[e]["val"]["prob"]["loss"]))
+
+
+# ------------------------------------------------------------------------------------------------ evaluate.py
+def evaluated(*words, monkeypatch, root):
+    """Row label -> scores, unrounded, of one `evaluate.py --run words`."""
+    seen = {}
+    monkeypatch.setattr(evaluate, "print_table", lambda rows, *_: seen.update((label, per_seed[0][0]) for label, per_seed in rows))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--run", *map(str, words), "--data-root", str(root)])
+    evaluate.main()
+    return seen
+
+
+def test_evaluate_reproduces_the_stored_scores(base, copied, root, monkeypatch):
+    call("train_joint.py", *SMALL, "--tune", "full", out=copied, root=root)
+    call("train_joint.py", *SMALL, "--no-umft", "--rank", 2, "--lora", "visual", out=copied, root=root)
+    call("train_joint.py", *SMALL, "--lora", "visual", out=copied, root=root)
+    for run in sorted((copied / "toy").iterdir()):
+        test, seen = result(copied, run)["test"], evaluated(run, monkeypatch=monkeypatch, root=root)
+        assert len(seen) == (1 if run.name.startswith("unimodal") else 3)
+        for label, scores in seen.items():     # "audio alone", "together, fusion prob"
+            assert scores == test[label.split()[0] if "alone" in label else label.split()[-1]]
+    seen = evaluated(base.run, "--fusion", "logits", monkeypatch=monkeypatch, root=root)
+    assert seen["together, fusion logits"] == base.result["test"]["logits"]
+
+
+def test_evaluate_averages_as_the_run_did(copied, root, monkeypatch):
+    call("train_joint.py", *SMALL, "--fusion", "logits", out=copied, root=root)
+    run = copied / "toy/mmlora-all-r1-logits-s0"
+    assert evaluated(run, monkeypatch=monkeypatch, root=root)["together, fusion logits"] == result(copied, run)["test"]["logits"]
+
+
+def test_evaluate_without_a_modality_and_by_entropy(base, root, monkeypatch):
+    seen = evaluated(base.run, "--drop", "audio", monkeypatch=monkeypatch, root=root)
+    assert seen == {"visual alone": base.result["test"]["visual"]}
+    z, labels = tensors(base.out, MMLORA, "logits"), np.load(root / "toy-s0/test/labels.npy")
+    fused = []
+    for i in range(len(labels)):     # a sure modality counts more, sample by sample
+        p = [z[f"test.{m}"][i].double().softmax(-1) for m in ("audio", "visual")]
+        weight = [math.exp(sum(float(q) * math.log(float(q)) for q in probabilities)) for probabilities in p]
+        fused.append((weight[0] * p[0] + weight[1] * p[1]) / sum(weight))
+    ours = evaluate.fuse({m: z[f"test.{m}"] for m in ("audio", "visual")}, "entropy")
+    torch.testing.assert_close(ours.double(), torch.stack(fused), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(ours, evaluate.fuse({m: z[f"test.{m}"] for m in ("audio", "visual")}), atol=1e-3)
+    seen = evaluated(base.run, "--fusion", "entropy", monkeypatch=monkeypatch, root=root)
+    assert seen["together, fusion entropy"]["accuracy"] == pytest.approx(accuracy(torch.stack(fused), labels), abs=1e-6)
+
+
+def test_predictions_do_not_depend_on_the_batch(base, root):
+    torch.manual_seed(0)
+    split, setting = data.Split(root / "toy-s0", "test"), paper.settings_for("toy")
+    logits = {}
+    for m, encoder in (("audio", "audio_vit_toy"), ("visual", "resnet18")):     # BatchNorm, too
+        model = UnimodalModel(build(encoder), 12)
+        one, some, all_ = (evaluate.predict(model, split, m, "cpu", setting, batch_size=size) for size in (1, 50, 1000))
+        assert one.shape == (120, 12) and not model.training
+        torch.testing.assert_close(one, all_, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(some, all_, rtol=1e-4, atol=1e-4)
+        logits[m] = all_
+    for rule in evaluate.FUSIONS:
+        for multilabel in (False, True):
+            whole = evaluate.fuse(logits, rule, multilabel)
+            apart = torch.cat([evaluate.fuse({m: z[i:i + 1] for m, z in logits.items()}, rule, multilabel) for i in range(120)])
+            torch.testing.assert_close(whole, apart)
+            assert multilabel or torch.allclose(whole.sum(-1), torch.ones(120))
+
+
+def test_a_changed_unimodal_model_is_noticed(copied, root):
+    file = copied / "toy/unimodal-audio-s0/model.safetensors"
+    changed = load_file(file)
+    changed["audio.head.bias"][0] += 1
+    save_file(changed, file)
+    assert "unimodal-audio-s0/model.safetensors is not the model" in error("evaluate.py", "--run", copied / MMLORA, root=root)
+    assert "unimodal" in error("train_joint.py", *SMALL, out=copied, root=root)
+    file.unlink()
+    assert "unimodal-audio-s0" in error("evaluate.py", "--run", copied / MMLORA, root=root)
+
+
+@pytest.mark.parametrize("spoil", ["missing", "unexpected", "other rank", "cut short"])
+def test_a_model_that_does_not_fit_is_refused(spoil, copied, root):
+    file = copied / MMLORA / "model.safetensors"
+    stored = load_file(file)
+    name = next(name for name in stored if name.endswith("lora_B"))
+    if spoil == "missing":
+        del stored[name]     # would pass for B = 0
+    if spoil == "unexpected":
+        stored[name + "x"] = torch.zeros(1)
+    if spoil == "other rank":
+        stored[name] = torch.zeros(32, 2)
+    save_file(stored, file)
+    if spoil == "cut short":
+        file.write_bytes(file.read_bytes()[:-8])
+    assert "model.safetensors" in error("evaluate.py", "--run", copied / MMLORA, root=root)
+
+
+def test_plot(base, copied, root, monkeypatch):
+    pytest.importorskip("matplotlib", reason="optional: pip install matplotlib")
+    call("train_joint.py", *SMALL, "--plot", out=copied, root=root)
+    assert (copied / MMLORA / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_without_matplotlib(base, root, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install matplotlib" in error("train_joint.py", *SMALL, "--plot", out=base.out, root=root)
+
+
+# ------------------------------------------------------------------------------------------------ mistakes
+@pytest.mark.parametrize("script, words, message", [
+    ("train_unimodal.py", "--modality audio --dataset nosuch", "no prepared data in .*nosuch. make it with: python -m prepare.custom"),
+    ("train_joint.py", "--dataset nosuch", "no prepared data"),
+    ("train_unimodal.py", "--modality smell", "--modality smell: toy has audio, visual"),
+    ("train_joint.py", "--lora smell", "--lora smell: toy has audio, visual, or all"),
+    ("train_joint.py", "--tune full --lora audio", "--tune full .* neither --lora nor --no-umft"),
+    ("train_unimodal.py", "--modality audio --encoder vit_toy", "vit_toy reads frames or image, but audio of toy is audio"),
+    ("train_unimodal.py", "--modality audio --encoder audio_vit_b --pretrained none", r"takes spectrograms of \(128, 204\), .* \(32, 64\)"),
+    ("train_unimodal.py", "--modality audio --encoder resnt18", "resnt18"),
+    ("train_unimodal.py", "--modality audio --pretrained nowhere.pth", "no checkpoint at nowhere.pth"),
+    ("train_joint.py", "--no-umft --pretrained audio=nowhere.pth", "no checkpoint at nowhere.pth"),
+    ("train_unimodal.py", "--modality audio --encoder smell=resnet18 --epochs 1", "smell"),
+    ("train_unimodal.py", "--modality audio --pretrained smell=none --epochs 1", "smell"),
+    ("train_unimodal.py", "--modality audio --device abacus", "abacus"),
+])
+def test_mistakes_get_one_line_and_leave_nothing_behind(script, words, message, root, tmp_path):
+    assert re.search(message, error(script, *words.split(), out=tmp_path, root=root))
+    assert not [f for f in tmp_path.rglob("*") if f.is_file()]     # or the corrected command would find a run with other settings
+
+
+@pytest.mark.parametrize("words", ["--epochs 0", "--epochs -1", "--batch-size 0", "--batch-size -1", "--micro-batch -3",
+                                   "--lr 0", "--lr -1", "--rank 0", "--rank -1"])
+def test_impossible_numbers_are_refused(words, root, tmp_path):
+    script = ["train_joint.py", "--no-umft"] if "rank" in words else ["train_unimodal.py", "--modality", "audio"]
+    with pytest.raises(SystemExit) as exit, contextlib.redirect_stderr(io.StringIO()):
+        call(*script, *(() if "epochs" in words else ("--epochs", 1)), *words.split(), out=tmp_path, root=root)
+    assert exit.value.code not in (None, 0) and not [f for f in tmp_path.rglob("*") if f.is_file()]
+
+
+def test_a_corrected_command_runs(root, tmp_path):
+    """Nobody should have to delete a folder because of a typing mistake."""
+    words = "--modality audio --epochs 1".split()
+    error("train_unimodal.py", *words, "--pretrained", "nowhere.pth", out=tmp_path, root=root)
+    call("train_unimodal.py", *words, out=tmp_path, root=root)
+
+
+def test_mistakes_in_evaluate(base, root, tmp_path):
+    assert "nowhere holds no finished run" in error("evaluate.py", "--run", tmp_path / "nowhere", root=root)
+    assert "--drop smell" in error("evaluate.py", "--run", base.run, "--drop", "smell", root=root)
+    assert "no modality" in error("evaluate.py", "--run", base.run, "--drop", "audio", "visual", root=root)
+
+
+def test_a_diverged_run_is_no_result(root, tmp_path):
+    """NaN has an argmax, too: it may well beat epoch 0. (And NaN is not JSON.)"""
+    message = error("train_unimodal.py", *"--modality audio --lr 1e6 --epochs 2".split(), out=tmp_path, root=root)
+    assert re.search("--lr|learning rate", message)
+    assert not list(tmp_path.rglob("result.json"))
+
+
+def test_git_is_not_needed(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    call("train_unimodal.py", "--modality", "audio", "--epochs", 1, out=tmp_path, root=root)
+    assert json.loads((tmp_path / "toy/unimodal-audio-s0/config.json").read_text())["commit"] is None
+
+
+def test_exit_codes_and_streams(base, root, tmp_path):
+    bad = process("train_unimodal.py", "--modality", "smell", "--dataset", "nosuch", out=tmp_path / "runs", root=tmp_path)
+    good = process("train_joint.py", *SMALL, out=base.out, root=root)     # finished: only the table
+    printed, complaint = bad.communicate()
+    assert bad.returncode == 1 and not printed and complaint.startswith("error: no prepared data") and complaint.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+    printed, complaint = good.communicate()
+    assert good.returncode == 0 and not complaint and table(printed) == table(base.printed)
+
+
+# ------------------------------------------------------------------------------------------------ parts
+def test_bertadam_is_pytorch_pretrained_berts():
+    """Twelve steps recorded from BertAdam of pytorch_pretrained_bert 0.6.2: warm-up, decay to zero and beyond, gradients to clip or not."""
+    folder = Path(__file__).parent / "fixtures" / "encoders" / "optim"
+    x, how = load_file(folder / "bertadam.safetensors"), json.loads((folder / "bertadam.json").read_text())
+    w, b = nn.Parameter(x["w0"].clone()), nn.Parameter(x["b0"].clone())
+    groups = [dict(params=[p], weight_decay=how["weight_decay"][k]) for p, k in ((w, "w"), (b, "b"))]
+    optimizer = BertAdam(groups, how["lr"], how["warmup"], how["t_total"])
+    for step in range(how["steps"]):
+        w.grad, b.grad = x["grad_w"][step].clone(), x["grad_b"][step].clone()
+        assert how["lr"] * BertAdam.factor(step, optimizer.param_groups[0]) == pytest.approx(float(x["lr_used"][step]), abs=1e-7)
+        optimizer.step()
+        assert (w - x["w"][step]).abs().max() < 2e-6 and (b - x["b"][step]).abs().max() < 2e-6
+        assert torch.equal(w.grad, x["grad_w"][step])     # clipping is the optimiser's own affair
+    assert max(g.norm() for g in x["grad_w"]) > 1 and BertAdam.factor(7, dict(t_total=-1, warmup=-1)) == 1
+
+
+def test_plateau_is_torchs():
+    chance = random.Random(0)
+    for _ in range(50):
+        history = [chance.choice([0.1, 0.2, 0.3, 0.4, 0.5]) + 0.01 * n * chance.random() for n in range(30)]
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.5, patience=1, threshold=0, eps=0)
+        for n, score in enumerate(history):
+            assert lr_factor("plateau", 99, 1000, history[:n]) == optimizer.param_groups[0]["lr"]
+            scheduler.step(score)
+    assert lr_factor("plateau", 0, 10, [0.5, 0.4, 0.4]) == 0.5     # two epochs in a row without improvement
+    assert lr_factor("plateau", 0, 10, [0.5, 0.4, 0.6, 0.4]) == 1
+
+
+def test_cosine_and_constant():
+    factors = [lr_factor("cosine", step, 200, [0.1, 0.1, 0.1]) for step in range(200)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])     # warm-up: 5 %
+    assert factors[10] == 1 and 0 < factors[-1] < 1e-3 and all(a >= b for a, b in zip(factors[9:], factors[10:]))
+    assert factors[105] == pytest.approx(0.5)
+    assert [lr_factor("cosine", step, 1, []) for step in (0, 1)] == [1, 1]     # runs shorter than a warm-up
+    assert all(math.isfinite(lr_factor("cosine", step, 3, [])) for step in range(3))
+    assert {lr_factor("constant", step, 200, [0.3, 0.1, 0.1, 0.1]) for step in range(200)} == {1.0}
+
+
+def test_what_decays():
+    model = UnimodalModel(build("vit_toy"), 5)
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    for name in ("adamw", "bertadam", "sgd"):
+        decayed, spared = make_optimizer(name, model, 0.1, 0.3, 10).param_groups
+        assert decayed["weight_decay"] == 0.3 and spared["weight_decay"] == 0
+        spared, decayed = ([name_of[id(p)] for p in group["params"]] for group in (spared, decayed))
+        assert all(n.endswith(".bias") or "norm" in n or "cls_token" in n for n in spared)
+        assert not any(n.endswith(".bias") or "norm" in n for n in decayed)
+        assert len(spared) + len(decayed) == len(name_of) and "head.weight" in decayed and "encoder.blocks.0.fc1.weight" in decayed
+    names = add_lora(model)
+    decayed, spared = make_optimizer("adamw", model, 0.1, 0.3, 10).param_groups
+    assert not decayed["params"] and len(spared["params"]) == 2 * len(names)     # A and B only, and no decay on them
+    kinds = [type(make_optimizer(name, model, 0.1, 0.3, 10)) for name in ("adamw", "bertadam", "sgd")]
+    assert kinds == [torch.optim.AdamW, BertAdam, torch.optim.SGD]
+    bert, = {(g["warmup"], g["t_total"]) for g in make_optimizer("bertadam", model, 0.1, 0.3, 70).param_groups}
+    assert bert == (0.1, 70)
+
+
+def naive_f1(predicted, true):
+    """(micro, macro), counted one decision at a time."""
+    tp, fp, fn = ([0] * len(true[0]) for _ in range(3))
+    for p, t in zip(predicted, true):
+        for c in range(len(t)):
+            tp[c] += bool(p[c] and t[c])
+            fp[c] += bool(p[c] and not t[c])
+            fn[c] += bool(t[c] and not p[c])
+    of = lambda a, b, c: 2 * a / (2 * a + b + c) if a + b + c else 0.0
+    return of(sum(tp), sum(fp), sum(fn)), sum(map(of, tp, fp, fn)) / len(tp)
+
+
+def test_f1_against_a_naive_count():
+    for seed in range(20):
+        torch.manual_seed(seed)
+        true, predicted = torch.rand(30, 6) < 0.4, torch.rand(30, 6) < 0.5
+        true[:, 0] = False                       # never there, sometimes predicted
+        predicted[:, 1] = False                  # never predicted
+        true[:, 2] = predicted[:, 2] = False     # neither
+        assert evaluate.f1(predicted, true) == pytest.approx(naive_f1(predicted.tolist(), true.tolist()))
+    nothing = torch.zeros(4, 3, dtype=torch.bool)
+    assert evaluate.f1(nothing, nothing) == (0, 0) and evaluate.f1(~nothing, ~nothing) == (1, 1)
+
+
+def test_scores_of_groups_and_of_training_batches():
+    logits = {"a": torch.tensor([[4.0, 0, 0], [0, 4, 0], [0, 4, 0], [4, 0, 0]]),
+              "b": torch.tensor([[0.0, 0, 1], [0, 1, 0], [1, 0, 0], [0, 9, 0]])}
+    labels, info = torch.tensor([0, 1, 2, 1]), dict(multilabel=False, groups={"first": [0], "rest": [1, 2]})
+    assert evaluate.scores(logits, labels, info)["groups"] == {"first": 1, "rest": pytest.approx(2 / 3)}
+    assert evaluate.scores(logits, labels, info)["accuracy"] == 0.75 and evaluate.count_right(logits, labels) == 3
+    assert list(evaluate.all_scores(logits, labels, info)) == ["a", "b", "prob", "logits"]
+    assert list(evaluate.all_scores({"a": logits["a"]}, labels, info)) == ["a"]
+    assert evaluate.all_scores(logits, labels, info)["a"]["accuracy"] == 0.5
+    multi = torch.tensor([[1, 0, 1]])
+    two = {"a": torch.tensor([[3.0, 3, 3]]), "b": torch.tensor([[0.0, -9, 1]])}
+    assert evaluate.count_right(two, multi) == 1     # the mean of 0.95 and 0.0001 says no
+    assert evaluate.mean_std([1.0, 2.0, 6.0]) == pytest.approx((3, statistics.stdev([1, 2, 6]))) and evaluate.mean_std([5.0]) == (5, 0)
