@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -306,11 +306,16 @@ class Run:
             other = [f"{k} {before.get(k)} (now {self.settings.get(k)})" for k in {**before, **self.settings} if before.get(k) != self.settings.get(k)]
             if other:
                 raise ValueError(f"{folder} is a run with {', '.join(other)}; use another --out, or delete that folder")
+
+    def begin(self) -> None:
+        """Make the folder, with config.json in it. Only here: a mistake that shows before training leaves nothing behind."""
+        if (self.folder / "config.json").exists():
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-        write_json(folder / "config.json", dict(settings=self.settings, command=" ".join(sys.argv), commit=commit or None,
-                                                versions=dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        git = shutil.which("git")
+        commit = git and subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+        write_json(self.folder / "config.json", dict(settings=self.settings, command=" ".join(sys.argv), commit=commit or None,
+                                                     versions=dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)))
 
     @property
     def result(self) -> dict | None:
@@ -318,6 +323,7 @@ class Run:
 
     def resume(self, optimizer) -> tuple[dict, dict]:
         """-> (tensors, state) of the last whole epoch, ({}, {}) for a new run; fills `optimizer` and cuts the log back to that epoch."""
+        self.begin()
         file, log = self.folder / "last.safetensors", self.folder / "log.jsonl"
         if not file.exists():
             log.unlink(missing_ok=True)
@@ -398,13 +404,15 @@ def load_run(folder: Path, info: dict, encoders_only: bool = False) -> tuple[dic
     if settings.get("lora"):
         for m in settings["lora"]:
             add_lora(models[m], settings["rank"])
-    tensors = load_file(folder / "model.safetensors")
-    missing, unexpected = models.load_state_dict(tensors, strict=False)
-    wrong = unexpected + (missing if settings["method"] != "mmlora" else [])
-    if encoders_only:
-        wrong = [name for name in wrong if ".encoder." in name]
-    if wrong:
-        raise ValueError(f"{folder / 'model.safetensors'} does not fit its config.json: {wrong[0]} and {len(wrong) - 1} more")
+    file = folder / "model.safetensors"
+    try:
+        missing, unexpected = models.load_state_dict(load_file(file), strict=False)
+    except (SafetensorError, RuntimeError) as error:      # cut short; or tensors of other shapes
+        raise ValueError(f"{file} cannot be read into the model of its config.json: {str(error).splitlines()[-1].strip()}") from None
+    if settings["method"] == "mmlora":                    # the rest came from the uni-modal runs
+        missing = [name for name in missing if name.endswith(("lora_A", "lora_B"))]
+    if wrong := [name for name in missing + unexpected if ".encoder." in name or not encoders_only]:
+        raise ValueError(f"{file} does not fit its config.json: {wrong[0]} and {len(wrong) - 1} more")
     return settings, models.eval()
 
 

@@ -15,6 +15,7 @@ are on the device (a quarter of the bytes to move); crop, flip and normalisation
 Shapes: B batch, V views (frames, clips or flow stacks of one sample), C channels, H x W pixels.
 """
 import functools
+import importlib
 import json
 import math
 import os
@@ -60,8 +61,8 @@ def find(root: str, name: str, seed: int = 0) -> Path:
     folder = Path(root) / name
     if not (folder / "dataset.json").exists():
         try:
-            how = __import__(f"prepare.{name}", fromlist=["HELP"]).HELP      # each prepare script says what to download and where to put it
-        except ModuleNotFoundError:
+            how = importlib.import_module(f"prepare.{name}").HELP             # each prepare script says what to download and where to put it
+        except (ModuleNotFoundError, AttributeError):
             how = f"make it with: python -m prepare.custom INDEX.jsonl --name {name} --data-root {root}"
         raise FileNotFoundError(f"no prepared data in {folder}. {how}")
     return folder
@@ -89,20 +90,25 @@ def model_input(split: Split, modality: str, index: torch.Tensor, encoder, devic
         ids = torch.from_numpy(array[rows]).long()
         return ids[:, :max(1, int((ids != 0).sum(1).max()))].to(device)       # the batch's longest text; the rest is padding for all
     if kind == "audio":
-        x = torch.from_numpy(array[rows]).to(device).float().unsqueeze(2)     # (B, V, 1, mel, frames)
+        x = to_device(torch.from_numpy(array[rows]), device).float().unsqueeze(2)     # (B, V, 1, mel, frames)
         if rng is not None and setting["audio_shift"]:
             shift = torch.randint(-setting["audio_shift"], setting["audio_shift"] + 1, (len(rows),), generator=rng).tolist()
             x = torch.stack([s.roll(k, -1) for s, k in zip(x, shift)])
         return x
     views = 1 if kind == "flow" and rng is not None else array.shape[1] if kind == "flow" else min(setting["frames"], array.shape[1])
     picked = pick_views(len(rows), array.shape[1], views, rng)                # (B, V)
-    x = torch.from_numpy(array[rows[:, None], picked.numpy()]).to(device)     # (B, V, C, H, W) uint8
+    x = to_device(torch.from_numpy(array[rows[:, None], picked.numpy()]), device)     # (B, V, C, H, W) uint8
     size = encoder.image_size or x.shape[-1] * 7 // 8                         # a ResNet takes any size: 224 of 256
     x = random_crop(x, size, setting, kind, rng) if rng is not None else centre_crop(x, size)
     if kind == "flow":                                                        # TSN's cross-modality start: 128 is no motion, one deviation for all
         return (x / 255 - 0.5) / 0.226
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in encoder.pixels)
     return (x / 255 - mean) / std
+
+
+def to_device(x: torch.Tensor, device) -> torch.Tensor:
+    """From page-locked memory a GPU fetches the data by itself, while the program goes on."""
+    return x.pin_memory().to(device, non_blocking=True) if str(device).startswith("cuda") else x.to(device)
 
 
 def pick_views(samples: int, stored: int, wanted: int, rng: torch.Generator | None = None) -> torch.Tensor:

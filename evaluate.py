@@ -80,11 +80,11 @@ def metric(info: dict) -> str:
     return "f1_micro" if info["multilabel"] else "accuracy"
 
 
-def count_right(logits: dict, y: torch.Tensor) -> float:
+def count_right(logits: dict, y: torch.Tensor) -> torch.Tensor:
     """How many samples of a batch the averaged prediction gets right; with several labels a sample, the sum of the shares of right labels."""
     if y.ndim == 1:
-        return int((mean_log_prob(logits).argmax(-1) == y).sum())
-    return float(((fuse(logits, multilabel=True) > 0.5) == y.bool()).float().mean(-1).sum())
+        return (mean_log_prob(logits).argmax(-1) == y).float().sum()
+    return ((fuse(logits, multilabel=True) > 0.5) == y.bool()).float().mean(-1).sum()
 
 
 def f1(predicted: torch.Tensor, true: torch.Tensor) -> tuple[float, float]:
@@ -339,6 +339,7 @@ def open_pretrained(args) -> tuple:
     models = nn.ModuleDict({m: step1.pretrained_model(start, encoder, info, m)})
     run = checkpoints.Run(Path(args.out) / args.dataset / f"probe-{m}-{encoder}-s{args.seed}",
                           dict(method="pretrained", dataset=args.dataset, modality=m, encoder=encoder, seed=args.seed, pretrained=start, precision="fp32", classes=info["classes"]))
+    run.begin()
     return run.folder, where, info, run.settings, models
 
 

@@ -31,8 +31,8 @@ def train(args, seed: int) -> checkpoints.Run:
     setting, modalities = paper.settings_for(args.dataset), list(info["modalities"])
     if len(modalities) < 2:
         raise ValueError(f"{args.dataset} has only {modalities[0]}: joint training needs two modalities or more")
-    lora = tuple(modalities) if args.lora == ["all"] else tuple(args.lora or setting["lora"] or modalities)
-    if unknown := set(lora) - set(modalities):
+    lora = set(modalities) if args.lora == ["all"] else set(args.lora or setting["lora"] or modalities)
+    if unknown := lora - set(modalities):
         raise ValueError(f"--lora {' '.join(sorted(unknown))}: {args.dataset} has {', '.join(modalities)}, or all")
     default = paper.encoders_for(args.dataset)
     encoders = {m: train_unimodal.encoder_of(args, m) for m in modalities}
@@ -40,7 +40,8 @@ def train(args, seed: int) -> checkpoints.Run:
     method = "full" if args.tune == "full" else "no-umft" if args.no_umft else "mmlora"
     settings = dict(method=method, dataset=args.dataset, seed=seed, encoders=encoders, fusion=args.fusion,
                     epochs=args.epochs or setting["epochs"], batch_size=args.batch_size or setting["batch_size"],
-                    lr=args.lr or paper.joint_lr(args.dataset, encoders, args.tune), precision=train_unimodal.precision(args), classes=info["classes"])
+                    lr=args.lr or paper.joint_lr(args.dataset, encoders, args.tune), precision=train_unimodal.precision(args), classes=info["classes"],
+                    **train_unimodal.recipe(setting))
     if args.tune == "lora":
         settings.update(lora=sorted(lora), rank=args.rank)
     if args.no_umft:
@@ -49,7 +50,7 @@ def train(args, seed: int) -> checkpoints.Run:
     else:                                                                     # --- step 1, Eq. 1 ---
         unimodal = {m: train_unimodal.train(args, m, seed, args.umft_epochs, args.umft_lr, reuse=True) for m in modalities}
         settings["unimodal"] = {m: dict(run=r.folder.name, sha256=checkpoints.sha256(r.folder / "model.safetensors")) for m, r in unimodal.items()}
-    name = method if args.tune == "full" else f"{method}-{'all' if len(lora) == len(modalities) else '+'.join(lora)}-r{args.rank}"
+    name = method if args.tune == "full" else f"{method}-{'all' if len(lora) == len(modalities) else '+'.join(sorted(lora))}-r{args.rank}"
     name += "".join(f"-{encoders[m]}" for m in modalities if encoders[m] != default.get(m)) + ("-logits" if args.fusion == "logits" else "")
     run = checkpoints.Run(Path(args.out) / args.dataset / f"{name}-s{seed}", settings)
     if run.result:
@@ -105,12 +106,12 @@ def main():
     parser = train_unimodal.common_arguments(argparse.ArgumentParser(description=__doc__))
     a = parser.add_argument
     a("--lora", nargs="+", metavar="MODALITY", help="whose models get LoRA: audio, visual, text, flow, or all; default: the paper's choice for the data set")
-    a("--rank", type=int, default=1, help="rank r of the update (Eq. 2)")
+    a("--rank", type=train_unimodal.positive(int), default=1, help="rank r of the update (Eq. 2)")
     a("--tune", choices=("lora", "full"), default="lora", help="full: train all weights of the uni-modal models on Eq. 3")
     a("--no-umft", action="store_true", help="skip step 1 (App. C); the heads are then trained along with LoRA")
     a("--fusion", choices=("prob", "logits"), default="prob", help="what is averaged, in the loss and at test: Eq. 3 says probabilities")
-    a("--umft-epochs", type=int, help="epochs of uni-modal models that are missing")
-    a("--umft-lr", type=float, help="their learning rate")
+    a("--umft-epochs", type=train_unimodal.positive(int), help="epochs of uni-modal models that are missing")
+    a("--umft-lr", type=train_unimodal.positive(float), help="their learning rate")
     args = parser.parse_args()
     if args.tune == "full" and (args.lora or args.no_umft):
         raise ValueError("--tune full trains all weights of fine-tuned models: it goes with neither --lora nor --no-umft")

@@ -92,6 +92,15 @@ def lr_factor(schedule: str, step: int, steps: int, history: list[float]) -> flo
 
 
 # ------------------------------------------------------------------------------------------------ arguments
+def positive(kind):
+    """An argparse type: a number above zero."""
+    def number(text):
+        if not (value := kind(text)) > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above zero")
+        return value
+    return number
+
+
 def common_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """What every training script takes."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -99,10 +108,10 @@ def common_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     a("--dataset", default="toy", help="toy, toy_noisy, a data set of the paper, or the name of your own prepared one")
     a("--seed", type=int, default=0, help="initial weights, order, augmentation; for the toys also the generated world")
     a("--seeds", type=int, nargs="+", metavar="SEED", help="run all of these and report mean and standard deviation")
-    a("--epochs", type=int, help="default: paper.py")
-    a("--batch-size", type=int, help="default: 64, or 160 for image and text (Sec. 4.1.2)")
-    a("--micro-batch", type=int, help="forward and backward this many samples at a time when the batch does not fit into memory; same gradients")
-    a("--lr", type=float, help="learning rate; default: App. A")
+    a("--epochs", type=positive(int), help="default: paper.py")
+    a("--batch-size", type=positive(int), help="default: 64, or 160 for image and text (Sec. 4.1.2)")
+    a("--micro-batch", type=positive(int), help="forward and backward this many samples at a time when the batch does not fit into memory; same gradients")
+    a("--lr", type=positive(float), help="learning rate; default: App. A")
     a("--encoder", nargs="+", metavar="[MODALITY=]NAME", default=[], help="another backbone than Table 2's, e.g. resnet18, or audio=resnet18")
     a("--pretrained", nargs="+", metavar="[MODALITY=]PATH", default=[], help="a public checkpoint, or none for random weights; default: the public one, downloaded")
     a("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -120,8 +129,22 @@ def of_modality(values: list[str], modality: str, default=None):
 
 
 def open_data(args, seed: int) -> tuple[Path, dict]:
+    """-> the folder of the prepared data and its dataset.json; with what else can be checked of the command line before any work."""
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {args.device}: {str(e).splitlines()[0]}") from None
     folder = data.find(args.data_root, args.dataset, seed)
-    return folder, json.loads((folder / "dataset.json").read_text())
+    info = json.loads((folder / "dataset.json").read_text())
+    for value in [*args.encoder, *args.pretrained]:
+        if "=" in value and value.split("=")[0] not in info["modalities"]:
+            raise ValueError(f"{value}: {args.dataset} has no modality {value.split('=')[0]}, but {', '.join(info['modalities'])}")
+    return folder, info
+
+
+def recipe(setting: dict) -> dict:
+    """What of paper.py, beside the arguments, a result depends on: it belongs to the settings of a run."""
+    return {k: setting[k] for k in ("schedule", "weight_decay", "crop", "flip", "frames", "audio_shift")}
 
 
 def precision(args) -> str:
@@ -167,29 +190,34 @@ def fit(args, run: checkpoints.Run, models: torch.nn.ModuleDict, objective, info
         state = dict(lines=1, best=best, best_epoch=0, history=[], seconds=0.0, first=first)
     bar = tqdm(total=epochs * steps_per_epoch, initial=len(state["history"]) * steps_per_epoch, desc=f"{args.dataset}: {run.folder.name}", unit="step", dynamic_ncols=True)
     for epoch in range(state["lines"], epochs + 1):
-        start, rng, seen, total_loss, right = time.time(), data.epoch_rng(seed, epoch), 0, 0.0, 0
+        start, rng, seen, total = time.time(), data.epoch_rng(seed, epoch), 0, torch.zeros(2, device=device)      # total: loss, right
         models.train()                                                      # what is frozen stays in eval mode: see Encoder.train
         for step, index in enumerate(data.batches(len(train), batch_size, rng), (epoch - 1) * steps_per_epoch):
             for group in optimizer.param_groups:
                 group["lr"] = run.settings["lr"] * lr_factor(schedule, step, epochs * steps_per_epoch, state["history"])
             optimizer.zero_grad()
-            for part in index.split(args.micro_batch or batch_size):        # the gradients of the parts add up to the batch's own
-                x = {m: data.model_input(train, m, part, models[m].encoder, device, setting, rng) for m in models}
-                y = train.labels[part].to(device)
+            x = {m: data.model_input(train, m, index, models[m].encoder, device, setting, rng) for m in models}
+            y = train.labels[index].to(device)
+            for part in torch.arange(len(index)).split(args.micro_batch or batch_size):      # the gradients of the parts add up to the batch's own
                 with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=precision == "bf16"):
-                    loss, z = objective(x, y)
+                    loss, z = objective({m: v[part] for m, v in x.items()} if args.micro_batch else x, y[part])
                 (loss * len(part) / len(index)).backward()
-                seen, total_loss, right = seen + len(part), total_loss + loss.item() * len(part), right + evaluate.count_right(z, y)
+                total += torch.stack([loss.detach() * len(part), evaluate.count_right(z, y[part])])
             optimizer.step()
+            seen += len(index)
             bar.update()
-            bar.set_postfix_str(f"loss {total_loss / seen:.3f} train {100 * right / seen:.1f} best val {100 * state['best'][0]:.1f}", refresh=False)
+            if step % 10 == 0:      # reading a number off a GPU makes the program wait for it; in between it can fetch the next batch
+                bar.set_postfix_str(f"loss {total[0] / seen:.3f} train {100 * total[1] / seen:.1f} best val {100 * state['best'][0]:.1f}", refresh=False)
+        mean_loss, share_right = (total / seen).tolist()
+        if not math.isfinite(mean_loss):
+            raise ValueError(f"{run.folder}: training diverged, the loss of epoch {epoch} is {mean_loss}; delete the folder and try a smaller --lr")
         logits.update({m: evaluate.predict(models[m], val, m, device, setting, precision) for m in trained})     # the frozen ones' can't have changed
         now, key = judge()
         improved = key > state["best"]
         seconds = time.time() - start
         state = dict(lines=epoch + 1, best=max(key, state["best"]), best_epoch=epoch if improved else state["best_epoch"],
                      history=state["history"] + [key[0]], seconds=state["seconds"] + seconds, first=state["first"])
-        run.log(dict(epoch=epoch, loss=total_loss / seen, train=right / seen, val=now, seconds=seconds, samples_per_second=seen / seconds))
+        run.log(dict(epoch=epoch, loss=mean_loss, train=share_right, val=now, seconds=seconds, samples_per_second=seen / seconds))
         run.save(stored(), optimizer, state, improved)
     bar.close()
     models.load_state_dict(run.tensors("model.safetensors"), strict=False)
@@ -211,12 +239,12 @@ def train(args, modality: str, seed: int, epochs: int | None = None, lr: float |
     settings = dict(method="unimodal", dataset=args.dataset, modality=modality, encoder=encoder, seed=seed, classes=info["classes"],
                     pretrained=pretrained_of(args, modality, encoder),
                     epochs=epochs or setting["umft_epochs"], batch_size=args.batch_size or setting["batch_size"],
-                    lr=lr or paper.umft_lr(args.dataset, encoder, modality), optimizer=setting["optimizer"].get(modality, "adamw"), precision=precision(args))
+                    lr=lr or paper.umft_lr(args.dataset, encoder, modality), optimizer=setting["optimizer"].get(modality, "adamw"), precision=precision(args), **recipe(setting))
     there = Path(args.out) / args.dataset / f"unimodal-{modality}{'' if encoder == default else '-' + encoder}-s{seed}"
     if reuse and (there / "result.json").exists():
         asked = dict(epochs=epochs, lr=lr, pretrained=of_modality(args.pretrained, modality))
         before = checkpoints.read_json(there / "config.json")["settings"]
-        settings.update({k: before[k] for k in ("epochs", "lr", "pretrained", "batch_size", "optimizer", "precision") if asked.get(k) is None})
+        settings.update({k: v for k, v in before.items() if k not in ("dataset", "encoder", "seed", "classes") and asked.get(k) is None})
     run = checkpoints.Run(there, settings)
     if run.result:
         return run

@@ -98,7 +98,7 @@ def test_settings_are_complete_and_agree_with_themselves(dataset):
     for m, optimizer in s["optimizer"].items():         # Sec. 4.1.2
         assert optimizer == {"text": "bertadam", "flow": "sgd"}.get(m, "adamw")
     assert s["family"] in paper.BACKBONES and s["schedule"] in ("constant", "plateau", "cosine")
-    assert (s["schedule"] == "cosine") == dataset.startswith("toy")
+    assert (s["schedule"] == "cosine") == (dataset.startswith("toy") or dataset == "custom")
     assert (s["schedule"] == "plateau") == (s["family"] == "vision-language")                                # App. A.2
     assert s["batch_size"] == (160 if s["family"] == "vision-language" else 64) and s["multilabel"] == (dataset == "mm_imdb")
     assert 0 < s["crop"][0] <= s["crop"][1] <= 1
