@@ -235,7 +235,7 @@ class Epoch:
     def count(self, loss: torch.Tensor, z: torch.Tensor, y: torch.Tensor) -> None:
         """For the log: the loss and the joint logits of one part of a batch."""
         self.seen, self.loss = self.seen + len(y), self.loss + loss.item() * len(y)
-        self.right += evaluate.count_right({"": z.detach()}, y)
+        self.right += float(evaluate.count_right({"": z.detach()}, y))
 
     def note(self, **values) -> None:
         """For the log: numbers of the method's own, averaged over the epoch's batches."""
