@@ -362,13 +362,13 @@ class Run:
 
 
 def write_text(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     temporary.write_text(text)
     os.replace(temporary, file)      # atomic: whoever opens `file` sees the old content or the new one, never a part
 
 
 def write_tensors(file: Path, tensors: dict, metadata: dict | None = None) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
     os.replace(temporary, file)
 

@@ -33,6 +33,14 @@ FUSIONS = ("prob", "logits", "entropy")
 
 
 # ------------------------------------------------------------------------------------------------ predictions
+def check_device(device: str) -> None:
+    """Raises ValueError in one line for a device that torch does not know or have."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {device}: {str(e).splitlines()[0]}") from None
+
+
 @torch.no_grad()
 def predict(model, split: data.Split, modality: str, device: str, setting: dict, precision: str = "fp32", batch_size: int = 256,
             features: bool = False) -> torch.Tensor:
@@ -128,7 +136,7 @@ def print_table(rows: list, folder: Path, info: dict) -> None:
     """rows: (label, [(scores, result)] one per seed). One seed: score +- binomial standard error; more: mean +- standard deviation."""
     name, n, seeds = metric(info), len(data.Split(folder, "test")), len(rows[0][1])
     print(f"\n{info['name']}, test split, {n} samples, {len(info['classes'])} classes. "
-          + ("+- is the binomial standard error of one test run." if seeds == 1 else f"Mean +- standard deviation of {seeds} seeds."))
+          + (f"Mean +- standard deviation of {seeds} seeds." if seeds > 1 else "" if info["multilabel"] else "+- is the binomial standard error of one test run."))
     extra, width = list(info.get("groups") or (["f1_macro"] if info["multilabel"] else [])), max(40, *(len(label) for label, _ in rows))
     print(f"{'':{width}}{name:>14}" + "".join(f"{g:>14}" for g in extra) + f"{'trained':>12}{'seconds':>9}")
     for label, per_seed in rows:
@@ -140,18 +148,24 @@ def print_table(rows: list, folder: Path, info: dict) -> None:
                 std = 100 * math.sqrt(mean / 100 * (1 - mean / 100) / n) if key == "accuracy" else None
             cells.append(f"{mean:.1f}" + (f" +- {std:.1f}" if std is not None else ""))
         result = [r for _, r in per_seed if r]
-        tail = (f"{result[0]['trained_parameters']:>12,}{mean_std([r['seconds'] for r in result])[0]:>9.0f}" if result else f"{0:>12}{'':>9}")
+        tail = f"{result[0]['trained_parameters']:>12,}{mean_std([r['seconds'] for r in result])[0]:>9.0f}" if result else ""
         print(f"{label:{width}}" + "".join(f"{c:>14}" for c in cells) + tail)
 
 
-def plot(folder: Path) -> None:
-    """Training curves of a run -> curves.png in its folder: loss, and the validation score of each modality and of all together."""
+def import_pyplot():
+    """matplotlib is optional: asked for before any work, so that nobody trains for hours and then learns that it is absent."""
     try:
         import matplotlib
         matplotlib.use("Agg")
         from matplotlib import pyplot
+        return pyplot
     except ImportError:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+
+
+def plot(folder: Path) -> None:
+    """Training curves of a run -> curves.png in its folder: loss, and the validation score of each modality and of all together."""
+    pyplot = import_pyplot()
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     _, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
     left.plot([line["epoch"] for line in log if line["loss"] is not None], [line["loss"] for line in log if line["loss"] is not None])
@@ -396,7 +410,9 @@ def main():
     a("--out", default="runs", help="folder of all runs")
     a("--data-root", default="data", help="folder of the prepared data sets")
     args = parser.parse_args()
-
+    if args.plot:
+        import_pyplot()
+    check_device(args.device)
     if args.export and len(args.run or ()) != 1:
         raise ValueError("--export takes one --run")
     if [bool(args.run), args.table is not None, bool(args.probe and args.dataset and args.modality)].count(True) != 1:

@@ -35,10 +35,10 @@ class _LoRA(nn.Module):
             return self.scale * (self.lora_B.flatten(1) @ self.lora_A.flatten(1)).view_as(self.base.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type) or x.dtype != self.lora_A.dtype:
             # bf16 keeps 8 bits. After the first step BA is about 1e-4 of W0's outputs: added to an output that has already been
             # rounded it is mostly rounded away, and LoRA seems not to learn. So add the weights, in float32, before any rounding.
-            return self.apply_weight(x, self.base.weight + self.delta())
+            return self.apply_weight(x, (self.base.weight + self.delta()).to(x.dtype))
         return self.base(x) + self.update(x)       # same value; cheaper, since W0 + BA is never formed nor differentiated
 
     def merged(self) -> nn.Module:
@@ -87,17 +87,17 @@ KINDS = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d}
 
 
 def add_lora(model: nn.Module, rank: int = 1, scale: float = 1.0) -> list[str]:
-    """Freeze all of `model` and put LoRA where its encoder's class says so; -> the names of the wrapped layers.
+    """Freeze all of `model` and put LoRA where the class of its encoder, or encoders, says so; -> the names of the wrapped layers.
 
     The class attribute `lora_targets` lists endings of layer names (Sec. 4.1.2: every query, key and value of a transformer; every
     convolution of a ResNet). An ending matches whole name parts, so "key" does not match "monkey". Each of query, key and value gets its
     own A and B: one pair for a fused matrix would share A, which is a smaller model. Raises ValueError when nothing matches.
     """
-    targets = next((m.lora_targets for m in model.modules() if hasattr(m, "lora_targets")), ())
-    found = [(name, layer) for name, layer in model.named_modules()
-             if type(layer) in KINDS and any(f".{name}".endswith(f".{t}") for t in targets)]
+    encoders = [(f"{path}." if path else "", m) for path, m in model.named_modules() if hasattr(m, "lora_targets")]
+    found = [(path + name, layer) for path, encoder in encoders for name, layer in encoder.named_modules()
+             if type(layer) in KINDS and any(f".{name}".endswith(f".{target}") for target in encoder.lora_targets)]
     if not found:
-        raise ValueError(f"add_lora: {type(model).__name__} has no plain layer whose name ends in one of {tuple(targets)}"
+        raise ValueError(f"add_lora: {type(model).__name__} has no plain layer named like {[e.lora_targets for _, e in encoders]}"
                          " (no lora_targets on its class, or LoRA added before?)")
     model.requires_grad_(False)
     for name, layer in found:

@@ -51,7 +51,7 @@ def train(args, seed: int) -> checkpoints.Run:
         unimodal = {m: train_unimodal.train(args, m, seed, args.umft_epochs, args.umft_lr, reuse=True) for m in modalities}
         settings["unimodal"] = {m: dict(run=r.folder.name, sha256=checkpoints.sha256(r.folder / "model.safetensors")) for m, r in unimodal.items()}
     name = method if args.tune == "full" else f"{method}-{'all' if len(lora) == len(modalities) else '+'.join(sorted(lora))}-r{args.rank}"
-    name += "".join(f"-{encoders[m]}" for m in modalities if encoders[m] != default.get(m)) + ("-logits" if args.fusion == "logits" else "")
+    name += "".join(f"-{m}-{encoders[m]}" for m in modalities if encoders[m] != default.get(m)) + ("-logits" if args.fusion == "logits" else "")
     run = checkpoints.Run(Path(args.out) / args.dataset / f"{name}-s{seed}", settings)
     if run.result:
         return run
@@ -96,7 +96,7 @@ def rows(runs: list[checkpoints.Run]) -> list:
         for m, run in runs[0].settings["unimodal"].items():
             alone = [checkpoints.read_json(r.folder.parent / r.settings["unimodal"][m]["run"] / "result.json") for r in runs]
             out.append((f"{m} alone (UMFT)", [(x["test"][m], x) for x in alone]))
-        out += [(f"UME, {name} averaged", [(r["ume"]["test"][rule], None) for r in results]) for rule, name in (("prob", "probabilities"), ("logits", "logits"))]
+        out += [(f"UME, {name} averaged", [(r["ume"]["test"][rule], dict(trained_parameters=0, seconds=0)) for r in results]) for rule, name in (("prob", "probabilities"), ("logits", "logits"))]
     settings = runs[0].settings
     name = METHODS[settings["method"]] + (f", rank {settings['rank']}, LoRA on {' + '.join(settings['lora'])}" if "rank" in settings else "")
     return out + [(name + (", logits" if settings["fusion"] == "logits" else ""), [(r["test"][r["fusion"]], r) for r in results])]
@@ -127,3 +127,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: the batch does not fit into the GPU's memory; --micro-batch 16, say, gives the same gradients piece by piece")

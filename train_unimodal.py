@@ -130,10 +130,9 @@ def of_modality(values: list[str], modality: str, default=None):
 
 def open_data(args, seed: int) -> tuple[Path, dict]:
     """-> the folder of the prepared data and its dataset.json; with what else can be checked of the command line before any work."""
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {args.device}: {str(e).splitlines()[0]}") from None
+    evaluate.check_device(args.device)
+    if args.plot:
+        evaluate.import_pyplot()
     folder = data.find(args.data_root, args.dataset, seed)
     info = json.loads((folder / "dataset.json").read_text())
     for value in [*args.encoder, *args.pretrained]:
@@ -312,3 +311,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: the batch does not fit into the GPU's memory; --micro-batch 16, say, gives the same gradients piece by piece")

@@ -87,12 +87,12 @@ def start(args, seed: int, method: str, parser: argparse.ArgumentParser, *option
                     pretrained={m: train_unimodal.pretrained_of(args, m, encoders[m]) for m in modalities},
                     epochs=args.epochs or setting["umft_epochs"], batch_size=args.batch_size or setting["batch_size"],
                     lr=args.lr or lr or paper.joint_lr(args.dataset, encoders, "joint"), precision=train_unimodal.precision(args),
-                    classes=info["classes"], **own, **more)
+                    classes=info["classes"], **train_unimodal.recipe(setting), **own, **more)
     words = [method]
     for name, value in own.items():
         if value != parser.get_default(name):
             words += [name.replace("_", "-"), *map(str, value if isinstance(value, list) else [] if value is True else [value])]
-    words += [encoders[m] for m in modalities if encoders[m] != default.get(m)]
+    words += [f"{m}-{encoders[m]}" for m in modalities if encoders[m] != default.get(m)]
     run = checkpoints.Run(Path(args.out) / args.dataset / f"{'-'.join(words)}-s{seed}", settings)
     return Task(args, seed, folder, info, setting, run, functools.cache(lambda name: data.Split(folder, name)), {})
 
@@ -283,6 +283,8 @@ def epochs(task: Task, models: nn.ModuleDict, optimizer, logits: Callable, load:
             models.train()                                # what is frozen stays in eval mode: see Encoder.train
             epoch = Epoch(task, optimizer, number, load, subset, bar)
             yield epoch
+            if not math.isfinite(epoch.loss):
+                raise ValueError(f"{run.folder}: training diverged, the loss of epoch {number} is {epoch.loss}; delete the folder and try a smaller --lr")
             now, key = judge()
             improved, seconds = key > task.state["best"], time.time() - began
             task.state.update(lines=number + 1, best=max(key, task.state["best"]), best_epoch=number if improved else task.state["best_epoch"],

@@ -273,6 +273,15 @@ def test_toys_are_made_once_and_the_same_from_the_same_seed(tmp_path, capsys):
     assert sorted(f.name for f in (tmp_path / "a").iterdir()) == ["toy-s0", "toy-s1"]     # nothing left over
 
 
+def test_a_toy_that_another_process_made_meanwhile_is_kept(tmp_path, monkeypatch):
+    """Two scripts started at once make the same files: the second must not take them away from under the first."""
+    folder = small_toys(tmp_path)[0]
+    before = {f: f.stat().st_ino for f in folder.rglob("*")}
+    monkeypatch.setattr(data, "TOY_SIZES", {"train": 60, "val": 30, "test": 90})
+    data.make_toy(folder, "toy", 0)     # as if it had not been there a moment ago
+    assert {f: f.stat().st_ino for f in folder.rglob("*")} == before and [f.name for f in tmp_path.iterdir()] == ["toy-s0"]
+
+
 @pytest.mark.parametrize("name", data.WORLDS)
 def test_toys_follow_the_prepared_format_with_exact_class_counts(name, tmp_path):
     folder = small_toys(tmp_path, [name])[0]
