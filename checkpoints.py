@@ -278,8 +278,11 @@ def new_model(name: str, info: dict, modality: str) -> UnimodalModel:
         wanted = "wordpiece" if family is BERT else "byte_bpe"
         if tokenizer["kind"] != wanted:
             raise ValueError(f"encoder {name} needs {wanted} token ids, but {info['name']} was prepared with a {tokenizer['kind']} tokenizer")
-        if "small" in name:
+        if "small" in name:                                 # trained from scratch, so any vocabulary will do
             options["vocab_size"] = tokenizer["vocab_size"]
+        elif tokenizer["vocab_size"] != BUILD[name][1]["vocab_size"]:
+            raise ValueError(f"encoder {name} knows {BUILD[name][1]['vocab_size']} tokens, but {info['name']} was prepared with a vocabulary of "
+                             f"{tokenizer['vocab_size']}; prepare it with the encoder's own")
     encoder = build(name, **options)
     if isinstance(encoder, AudioViT) and tuple(shape[-2:]) != tuple(encoder.mel):
         raise ValueError(f"encoder {name} takes spectrograms of {encoder.mel}, but {info['name']} holds {tuple(shape[-2:])}")

@@ -783,3 +783,12 @@ def test_scores_of_groups_and_of_training_batches():
     two = {"a": torch.tensor([[3.0, 3, 3]]), "b": torch.tensor([[0.0, -9, 1]])}
     assert evaluate.count_right(two, multi) == 1     # the mean of 0.95 and 0.0001 says no
     assert evaluate.mean_std([1.0, 2.0, 6.0]) == pytest.approx((3, statistics.stdev([1, 2, 6]))) and evaluate.mean_std([5.0]) == (5, 0)
+
+
+def test_a_text_encoder_is_not_fed_anothers_ids():
+    info = dict(name="menus", classes=["a", "b"], modalities={"text": "text"}, shapes={"text": [8]}, tokenizer=dict(kind="wordpiece", vocab_size=31, fingerprint="x"))
+    assert checkpoints.new_model("bert_small", info, "text").encoder.words.num_embeddings == 31
+    with pytest.raises(ValueError, match="deberta_small needs byte_bpe token ids, but menus was prepared with a wordpiece tokenizer"):
+        checkpoints.new_model("deberta_small", info, "text")
+    with pytest.raises(ValueError, match="bert_base knows 30522 tokens, but menus was prepared with a vocabulary of 31"):
+        checkpoints.new_model("bert_base", info, "text")
