@@ -15,7 +15,8 @@ import data
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line for block in re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S) for line in block.splitlines() if line and not line.startswith("#")]
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)             # (language, text)
+COMMANDS = [line for language, text in BLOCKS if language == "sh" for line in text.splitlines() if line and not line.startswith("#")]
 NO_DATA = re.compile(r"--dataset (crema_d|ave|kinetics_sound|mm_imdb|food101|ucf101)|prepare\.(?!custom)")
 
 
@@ -85,7 +86,7 @@ def test_command(folder, command, capsys, monkeypatch):
         return
     assert code == 0, err
     if command.endswith("python train_joint.py"):                           # the first thing a reader does: the README shows the same rows
-        shown = next(b for b in re.findall(r"^```\n(.*?)^```", README, re.M | re.S) if "test split" in b)
+        shown = next(text for language, text in BLOCKS if not language and "test split" in text)
         rows = lambda text: [re.split(r"\s{2,}", line)[0] for line in text.splitlines() if " +- " in line]
         assert rows(out) == rows(shown) != []
 

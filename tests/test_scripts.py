@@ -1,4 +1,4 @@
-"""The three scripts as their users run them, on toys small enough for a test; and what they are made of: optimisers, schedules, metrics.
+"""The three scripts as their users run them, on toys small enough for a test.
 
 Most tests run a script in this process (`call`), its command line, `__main__` block and all; where the process itself matters (exit code,
 SIGKILL) it is a real one.
@@ -34,7 +34,7 @@ import train_joint
 import train_unimodal
 from encoders import UnimodalModel, build
 from lora import add_lora
-from train_unimodal import BertAdam, lr_factor, make_optimizer
+from train_unimodal import lr_factor, make_optimizer
 
 ROOT = Path(__file__).parents[1]
 SMALL = "--umft-epochs 15 --epochs 4 --batch-size 16".split()     # of `base`, the run that most tests start from
@@ -685,110 +685,3 @@ def test_exit_codes_and_streams(base, root, tmp_path):
     assert not list(tmp_path.iterdir())
     printed, complaint = good.communicate()
     assert good.returncode == 0 and not complaint and table(printed) == table(base.printed)
-
-
-# ------------------------------------------------------------------------------------------------ parts
-def test_bertadam_is_pytorch_pretrained_berts():
-    """Twelve steps recorded from BertAdam of pytorch_pretrained_bert 0.6.2: warm-up, decay to zero and beyond, gradients to clip or not."""
-    folder = Path(__file__).parent / "fixtures" / "encoders" / "optim"
-    x, how = load_file(folder / "bertadam.safetensors"), json.loads((folder / "bertadam.json").read_text())
-    w, b = nn.Parameter(x["w0"].clone()), nn.Parameter(x["b0"].clone())
-    groups = [dict(params=[p], weight_decay=how["weight_decay"][k]) for p, k in ((w, "w"), (b, "b"))]
-    optimizer = BertAdam(groups, how["lr"], how["warmup"], how["t_total"])
-    for step in range(how["steps"]):
-        w.grad, b.grad = x["grad_w"][step].clone(), x["grad_b"][step].clone()
-        assert how["lr"] * BertAdam.factor(step, optimizer.param_groups[0]) == pytest.approx(float(x["lr_used"][step]), abs=1e-7)
-        optimizer.step()
-        assert (w - x["w"][step]).abs().max() < 2e-6 and (b - x["b"][step]).abs().max() < 2e-6
-        assert torch.equal(w.grad, x["grad_w"][step])     # clipping is the optimiser's own affair
-    assert max(g.norm() for g in x["grad_w"]) > 1 and BertAdam.factor(7, dict(t_total=-1, warmup=-1)) == 1
-
-
-def test_plateau_is_torchs():
-    chance = random.Random(0)
-    for _ in range(50):
-        history = [chance.choice([0.1, 0.2, 0.3, 0.4, 0.5]) + 0.01 * n * chance.random() for n in range(30)]
-        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.5, patience=1, threshold=0, eps=0)
-        for n, score in enumerate(history):
-            assert lr_factor("plateau", 99, 1000, history[:n]) == optimizer.param_groups[0]["lr"]
-            scheduler.step(score)
-    assert lr_factor("plateau", 0, 10, [0.5, 0.4, 0.4]) == 0.5     # two epochs in a row without improvement
-    assert lr_factor("plateau", 0, 10, [0.5, 0.4, 0.6, 0.4]) == 1
-
-
-def test_cosine_and_constant():
-    factors = [lr_factor("cosine", step, 200, [0.1, 0.1, 0.1]) for step in range(200)]
-    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])     # warm-up: 5 %
-    assert factors[10] == 1 and 0 < factors[-1] < 1e-3 and all(a >= b for a, b in zip(factors[9:], factors[10:]))
-    assert factors[105] == pytest.approx(0.5)
-    assert [lr_factor("cosine", step, 1, []) for step in (0, 1)] == [1, 1]     # runs shorter than a warm-up
-    assert all(math.isfinite(lr_factor("cosine", step, 3, [])) for step in range(3))
-    assert {lr_factor("constant", step, 200, [0.3, 0.1, 0.1, 0.1]) for step in range(200)} == {1.0}
-
-
-def test_what_decays():
-    model = UnimodalModel(build("vit_toy"), 5)
-    name_of = {id(p): name for name, p in model.named_parameters()}
-    for name in ("adamw", "bertadam", "sgd"):
-        decayed, spared = make_optimizer(name, model, 0.1, 0.3, 10).param_groups
-        assert decayed["weight_decay"] == 0.3 and spared["weight_decay"] == 0
-        spared, decayed = ([name_of[id(p)] for p in group["params"]] for group in (spared, decayed))
-        assert all(n.endswith(".bias") or "norm" in n or "cls_token" in n for n in spared)
-        assert not any(n.endswith(".bias") or "norm" in n for n in decayed)
-        assert len(spared) + len(decayed) == len(name_of) and "head.weight" in decayed and "encoder.blocks.0.fc1.weight" in decayed
-    names = add_lora(model)
-    decayed, spared = make_optimizer("adamw", model, 0.1, 0.3, 10).param_groups
-    assert not decayed["params"] and len(spared["params"]) == 2 * len(names)     # A and B only, and no decay on them
-    kinds = [type(make_optimizer(name, model, 0.1, 0.3, 10)) for name in ("adamw", "bertadam", "sgd")]
-    assert kinds == [torch.optim.AdamW, BertAdam, torch.optim.SGD]
-    bert, = {(g["warmup"], g["t_total"]) for g in make_optimizer("bertadam", model, 0.1, 0.3, 70).param_groups}
-    assert bert == (0.1, 70)
-
-
-def naive_f1(predicted, true):
-    """(micro, macro), counted one decision at a time."""
-    tp, fp, fn = ([0] * len(true[0]) for _ in range(3))
-    for p, t in zip(predicted, true):
-        for c in range(len(t)):
-            tp[c] += bool(p[c] and t[c])
-            fp[c] += bool(p[c] and not t[c])
-            fn[c] += bool(t[c] and not p[c])
-    of = lambda a, b, c: 2 * a / (2 * a + b + c) if a + b + c else 0.0
-    return of(sum(tp), sum(fp), sum(fn)), sum(map(of, tp, fp, fn)) / len(tp)
-
-
-def test_f1_against_a_naive_count():
-    for seed in range(20):
-        torch.manual_seed(seed)
-        true, predicted = torch.rand(30, 6) < 0.4, torch.rand(30, 6) < 0.5
-        true[:, 0] = False                       # never there, sometimes predicted
-        predicted[:, 1] = False                  # never predicted
-        true[:, 2] = predicted[:, 2] = False     # neither
-        assert evaluate.f1(predicted, true) == pytest.approx(naive_f1(predicted.tolist(), true.tolist()))
-    nothing = torch.zeros(4, 3, dtype=torch.bool)
-    assert evaluate.f1(nothing, nothing) == (0, 0) and evaluate.f1(~nothing, ~nothing) == (1, 1)
-
-
-def test_scores_of_groups_and_of_training_batches():
-    logits = {"a": torch.tensor([[4.0, 0, 0], [0, 4, 0], [0, 4, 0], [4, 0, 0]]),
-              "b": torch.tensor([[0.0, 0, 1], [0, 1, 0], [1, 0, 0], [0, 9, 0]])}
-    labels, info = torch.tensor([0, 1, 2, 1]), dict(multilabel=False, groups={"first": [0], "rest": [1, 2]})
-    assert evaluate.scores(logits, labels, info)["groups"] == {"first": 1, "rest": pytest.approx(2 / 3)}
-    assert evaluate.scores(logits, labels, info)["accuracy"] == 0.75 and evaluate.count_right(logits, labels) == 3
-    assert list(evaluate.all_scores(logits, labels, info)) == ["a", "b", "prob", "logits"]
-    assert list(evaluate.all_scores({"a": logits["a"]}, labels, info)) == ["a"]
-    assert evaluate.all_scores(logits, labels, info)["a"]["accuracy"] == 0.5
-    multi = torch.tensor([[1, 0, 1]])
-    two = {"a": torch.tensor([[3.0, 3, 3]]), "b": torch.tensor([[0.0, -9, 1]])}
-    assert evaluate.count_right(two, multi) == 1     # the mean of 0.95 and 0.0001 says no
-    assert evaluate.mean_std([1.0, 2.0, 6.0]) == pytest.approx((3, statistics.stdev([1, 2, 6]))) and evaluate.mean_std([5.0]) == (5, 0)
-
-
-def test_a_text_encoder_is_not_fed_anothers_ids():
-    info = dict(name="menus", classes=["a", "b"], modalities={"text": "text"}, shapes={"text": [8]}, tokenizer=dict(kind="wordpiece", vocab_size=31, fingerprint="x"))
-    assert checkpoints.new_model("bert_small", info, "text").encoder.words.num_embeddings == 31
-    with pytest.raises(ValueError, match="deberta_small needs byte_bpe token ids, but menus was prepared with a wordpiece tokenizer"):
-        checkpoints.new_model("deberta_small", info, "text")
-    with pytest.raises(ValueError, match="bert_base knows 30522 tokens, but menus was prepared with a vocabulary of 31"):
-        checkpoints.new_model("bert_base", info, "text")
