@@ -42,8 +42,10 @@ def tiny(command):
     assert words.pop(0) == "python"
     if words[0].startswith("train_") or words[1].startswith("baselines."):
         words += ["--epochs", "1", "--device", "cpu"]
-    if words[0] == "train_joint.py":
-        words += ["--umft-epochs", "1"] + (["--seeds", "0", "1"] if "--seeds" in words else [])
+    if words[0] == "train_joint.py" or "--freeze" in words:
+        words += ["--umft-epochs", "1"]
+    if "--seeds" in words:
+        words += ["--seeds", "0", "1"]
     if words[1] == "prepare.custom":
         words += ["--size", "40", "--clips", "1"]
     elif "birds" in words:
