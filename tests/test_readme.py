@@ -77,6 +77,7 @@ def test_there_are_commands():
     assert "pip install -r requirements.txt && python -m pytest" in (ROOT / ".ci/run").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")     # of running a module that another test has imported
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(folder, command, capsys, monkeypatch):
     monkeypatch.chdir(folder)

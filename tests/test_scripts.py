@@ -34,6 +34,7 @@ import train_joint
 import train_unimodal
 from encoders import UnimodalModel, build
 from lora import add_lora
+from test_parts import naive_f1
 from train_unimodal import lr_factor, make_optimizer
 
 ROOT = Path(__file__).parents[1]
