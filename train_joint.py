@@ -41,7 +41,7 @@ def train(args, seed: int) -> checkpoints.Run:
     settings = dict(method=method, dataset=args.dataset, seed=seed, encoders=encoders, fusion=args.fusion,
                     epochs=args.epochs or setting["epochs"], batch_size=args.batch_size or setting["batch_size"],
                     lr=args.lr or paper.joint_lr(args.dataset, encoders, args.tune), precision=train_unimodal.precision(args), classes=info["classes"],
-                    **train_unimodal.recipe(setting))
+                    samples=info.get("counts"), **train_unimodal.recipe(setting))
     if args.tune == "lora":
         settings.update(lora=sorted(lora), rank=args.rank)
     if args.no_umft:

@@ -235,7 +235,7 @@ def train(args, modality: str, seed: int, epochs: int | None = None, lr: float |
     setting = paper.settings_for(args.dataset)
     default = paper.encoders_for(args.dataset).get(modality)
     encoder = encoder_of(args, modality)
-    settings = dict(method="unimodal", dataset=args.dataset, modality=modality, encoder=encoder, seed=seed, classes=info["classes"],
+    settings = dict(method="unimodal", dataset=args.dataset, modality=modality, encoder=encoder, seed=seed, classes=info["classes"], samples=info.get("counts"),
                     pretrained=pretrained_of(args, modality, encoder),
                     epochs=epochs or setting["umft_epochs"], batch_size=args.batch_size or setting["batch_size"],
                     lr=lr or paper.umft_lr(args.dataset, encoder, modality), optimizer=setting["optimizer"].get(modality, "adamw"), precision=precision(args), **recipe(setting))
@@ -243,7 +243,7 @@ def train(args, modality: str, seed: int, epochs: int | None = None, lr: float |
     if reuse and (there / "result.json").exists():
         asked = dict(epochs=epochs, lr=lr, pretrained=of_modality(args.pretrained, modality))
         before = checkpoints.read_json(there / "config.json")["settings"]
-        settings.update({k: v for k, v in before.items() if k not in ("dataset", "encoder", "seed", "classes") and asked.get(k) is None})
+        settings.update({k: v for k, v in before.items() if k not in ("dataset", "encoder", "seed", "classes", "samples") and asked.get(k) is None})
     run = checkpoints.Run(there, settings)
     if run.result:
         return run

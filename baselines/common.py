@@ -87,7 +87,7 @@ def start(args, seed: int, method: str, parser: argparse.ArgumentParser, *option
                     pretrained={m: train_unimodal.pretrained_of(args, m, encoders[m]) for m in modalities},
                     epochs=args.epochs or setting["umft_epochs"], batch_size=args.batch_size or setting["batch_size"],
                     lr=args.lr or lr or paper.joint_lr(args.dataset, encoders, "joint"), precision=train_unimodal.precision(args),
-                    classes=info["classes"], **train_unimodal.recipe(setting), **own, **more)
+                    classes=info["classes"], samples=info.get("counts"), **train_unimodal.recipe(setting), **own, **more)
     words = [method]
     for name, value in own.items():
         if value != parser.get_default(name):

@@ -686,3 +686,10 @@ def test_exit_codes_and_streams(base, root, tmp_path):
     assert not list(tmp_path.iterdir())
     printed, complaint = good.communicate()
     assert good.returncode == 0 and not complaint and table(printed) == table(base.printed)
+
+
+def test_data_prepared_anew_are_not_answered_with_old_results(base, root, tmp_path):
+    shutil.copytree(root / "toy-s0", tmp_path / "toy-s0")
+    info = json.loads((tmp_path / "toy-s0" / "dataset.json").read_text())
+    (tmp_path / "toy-s0" / "dataset.json").write_text(json.dumps(info | dict(counts={"train": 1, "val": 1, "test": 1})))
+    assert "samples" in error("train_joint.py", *SMALL, out=base.out, root=tmp_path)
