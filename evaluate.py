@@ -172,9 +172,9 @@ def plot(folder: Path) -> None:
     left.set(xlabel="epoch", ylabel="training loss")
     for name in log[0]["val"]:
         key = "f1_micro" if "f1_micro" in log[0]["val"][name] else "accuracy"
-        right.plot([line["epoch"] for line in log], [100 * line["val"][name][key] for line in log], label=name)
+        right.plot([line["epoch"] for line in log], [100 * line["val"][name][key] for line in log], label={"prob": "probabilities averaged", "logits": "logits averaged"}.get(name, name))
     right.set(xlabel="epoch", ylabel=f"validation {key} (%)")
-    right.legend()
+    right.legend(loc="best")
     pyplot.suptitle(folder.name)
     pyplot.tight_layout()
     pyplot.savefig(folder / "curves.png", dpi=120)
