@@ -30,7 +30,6 @@ import checkpoints
 import data
 import evaluate
 import paper
-import train_joint
 import train_unimodal
 from encoders import UnimodalModel, build
 from lora import add_lora
