@@ -463,7 +463,7 @@ def test_from_runs_to_tables_on_the_toy(chain, capsys):
     ("--table 5 --dataset ave", "toy, toy_noisy"), ("--export out", "--export takes one --run"), ("--run a b --export out", "--export takes one --run"),
     (f"--run {JOINT} --missing 0.7", "--missing needs --drop"), (f"--run {JOINT} --drop audio --missing 70", "0.7 = 70 %"),
     (f"--run {JOINT} --drop text", "has audio, visual"), (f"--run {JOINT} --drop audio visual --missing 0.5", "leaves no modality"),
-    ("--run {JOINT} --probe --modality text", "has audio, visual"), (f"--probe --dataset toy --modality audio --pretrained gone.pth", "no checkpoint at gone.pth"),
+    (f"--run {JOINT} --probe --modality text", "has audio, visual"), (f"--probe --dataset toy --modality audio --pretrained gone.pth", "no checkpoint at gone.pth"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(words, told, trained, monkeypatch):
     monkeypatch.chdir(trained)
