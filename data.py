@@ -53,7 +53,7 @@ def find(root: str, name: str, seed: int = 0) -> Path:
     Raises FileNotFoundError whose one line says how to get the data.
     """
     if name in WORLDS:
-        torch.set_num_threads(1)      # models this small are no faster on several, many times slower on a busy machine, and so the same to the bit on any
+        torch.set_num_threads(1)      # so small a model is no faster on several, many times slower on a busy machine; and the bits do not depend on the cores
         folder = Path(root) / f"{name}-s{seed}"
         if not (folder / "dataset.json").exists():
             print(f"making {folder} (some seconds)", flush=True)
