@@ -97,9 +97,25 @@ def rows(runs: list[checkpoints.Run]) -> list:
             alone = [checkpoints.read_json(r.folder.parent / r.settings["unimodal"][m]["run"] / "result.json") for r in runs]
             out.append((f"{m} alone (UMFT)", [(x["test"][m], x) for x in alone]))
         out += [(f"UME, {name} averaged", [(r["ume"]["test"][rule], dict(trained_parameters=0, seconds=0)) for r in results]) for rule, name in (("prob", "probabilities"), ("logits", "logits"))]
+    return out + [row(beside) for beside in (mmlora_beside(runs) if results[0]["method"] == "full" else [])] + [row(runs)]
+
+
+def row(runs: list[checkpoints.Run]) -> tuple:
+    """One method's line of the table: its label, and for each seed the test scores and the result."""
     settings = runs[0].settings
     name = METHODS[settings["method"]] + (f", rank {settings['rank']}, LoRA on {' + '.join(settings['lora'])}" if "rank" in settings else "")
-    return out + [(name + (", logits" if settings["fusion"] == "logits" else ""), [(r["test"][r["fusion"]], r) for r in results])]
+    return name + (", logits" if settings["fusion"] == "logits" else ""), [(r.result["test"][r.result["fusion"]], r.result) for r in runs]
+
+
+def mmlora_beside(runs: list[checkpoints.Run]) -> list[list[checkpoints.Run]]:
+    """What full fine-tuning is compared with: the MMLoRA runs on the same uni-modal models, where they are finished for all the seeds."""
+    found, seed = [], f"-s{runs[0].settings['seed']}"
+    for name in sorted(f.parent.name.removesuffix(seed) for f in runs[0].folder.parent.glob(f"mmlora-*{seed}/result.json")):
+        folders = [r.folder.with_name(f"{name}-s{r.settings['seed']}") for r in runs]
+        if all((f / "result.json").exists() for f in folders):
+            same = [checkpoints.Run(f, checkpoints.read_json(f / "config.json")["settings"]) for f in folders]
+            found += [same] if all(a.settings["unimodal"] == b.settings["unimodal"] for a, b in zip(same, runs)) else []
+    return found
 
 
 def main():

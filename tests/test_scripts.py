@@ -409,7 +409,12 @@ def test_tune_full(base, copied, root):
     printed = call("train_joint.py", *SMALL, "--tune", "full", out=copied, root=root)
     full, stored = result(copied, "toy/full-s0"), tensors(copied, "toy/full-s0")
     assert full["method"] == "full" and full["trained_parameters"] == sum(t.numel() for t in stored.values()) == 22_412 + 24_332
-    assert full["ume"] == base.result["ume"] and list(table(printed))[-1] == "Fully fine-tuned UME" and len(table(printed)) == 5
+    assert full["ume"] == base.result["ume"]
+    shown, lora = table(printed), "MMLoRA, rank 1, LoRA on audio + visual"     # beside it what it is compared with, from the run that is there
+    assert list(shown)[-2:] == [lora, "Fully fine-tuned UME"] and len(shown) == 6 and shown[lora] == table(base.printed)[lora]
+    config = copied / MMLORA / "config.json"                                   # but not if that began from other uni-modal models
+    config.write_text(config.read_text().replace(json.loads(config.read_text())["settings"]["unimodal"]["audio"]["sha256"], "0"))
+    assert lora not in table(call("train_joint.py", *SMALL, "--tune", "full", out=copied, root=root))
     before = {**tensors(base.out, "toy/unimodal-audio-s0"), **tensors(base.out, "toy/unimodal-visual-s0")}
     assert full["best_epoch"] > 0 and stored.keys() == before.keys()
     assert not [name for name in stored if torch.equal(stored[name], before[name])]     # every tensor has moved
