@@ -398,7 +398,8 @@ def load_run(folder: Path, info: dict, encoders_only: bool = False) -> tuple[dic
         raise ValueError(f"{folder} holds no finished run (no result.json)")
     settings = read_json(folder / "config.json")["settings"]
     models = nn.ModuleDict({m: new_model(e, info, m) for m, e in settings.get("encoders", {settings.get("modality"): settings.get("encoder")}).items()})
-    if settings["method"] == "mmlora":
+    adapted = settings["method"] in ("mmlora", "separate")      # such a run holds A and B alone
+    if adapted:
         for m, base in settings["unimodal"].items():
             file = folder.parent / base["run"] / "model.safetensors"
             if sha256(file) != base["sha256"]:
@@ -412,7 +413,7 @@ def load_run(folder: Path, info: dict, encoders_only: bool = False) -> tuple[dic
         missing, unexpected = models.load_state_dict(load_file(file), strict=False)
     except (SafetensorError, RuntimeError) as error:      # cut short; or tensors of other shapes
         raise ValueError(f"{file} cannot be read into the model of its config.json: {str(error).splitlines()[-1].strip()}") from None
-    if settings["method"] == "mmlora":                    # the rest came from the uni-modal runs
+    if adapted:                                           # the rest came from the uni-modal runs
         missing = [name for name in missing if name.endswith(("lora_A", "lora_B"))]
     if wrong := [name for name in missing + unexpected if ".encoder." in name or not encoders_only]:
         raise ValueError(f"{file} does not fit its config.json: {wrong[0]} and {len(wrong) - 1} more")

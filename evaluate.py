@@ -333,7 +333,7 @@ def open_run(folder: Path, args) -> tuple:
     if not (folder / "result.json").exists():
         raise ValueError(f"{folder} holds no finished run (no result.json)")
     settings = checkpoints.read_json(folder / "config.json")["settings"]
-    if not args.probe and settings["method"] not in ("unimodal", "mmlora", "no-umft", "full"):
+    if not args.probe and settings["method"] not in ("unimodal", "mmlora", "separate", "no-umft", "full"):
         raise ValueError(f"{folder} is a run of baselines/{settings['method']}.py, which alone can predict with it; --probe can test its encoders")
     where = data.find(args.data_root, settings["dataset"], settings["seed"])
     info = checkpoints.read_json(where / "dataset.json")

@@ -111,7 +111,7 @@ def common_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     a("--epochs", type=positive(int), help="default: paper.py")
     a("--batch-size", type=positive(int), help="default: 64, or 160 for image and text (Sec. 4.1.2)")
     a("--micro-batch", type=positive(int), help="forward and backward this many samples at a time when the batch does not fit into memory; same gradients")
-    a("--lr", type=positive(float), help="learning rate; default: App. A")
+    a("--lr", type=positive(float), nargs="+", help="learning rate; default: App. A. Of several, joint training keeps the best on validation")
     a("--encoder", nargs="+", metavar="[MODALITY=]NAME", default=[], help="another backbone than Table 2's, e.g. resnet18, or audio=resnet18")
     a("--pretrained", nargs="+", metavar="[MODALITY=]PATH", default=[], help="a public checkpoint, or none for random weights; default: the public one, downloaded")
     a("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -120,6 +120,20 @@ def common_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     a("--data-root", default="data", help="folder of the prepared data sets")
     a("--plot", action="store_true", help="draw the training curves into the run's folder (needs matplotlib)")
     return parser
+
+
+def tuned(args, train) -> list[checkpoints.Run]:
+    """One finished run a seed, of `train(args, seed)`. Of several --lr, the one with the best mean validation score over the seeds; test plays no part."""
+    tried = []
+    for lr in args.lr or [None]:
+        runs = [train(argparse.Namespace(**{**vars(args), "lr": lr}), seed) for seed in args.seeds or [args.seed]]
+        val = [r.result["val"][r.result["fusion"]] for r in runs]
+        score = sum(v.get("accuracy", v.get("f1_micro")) for v in val) / len(val)
+        tried.append((score, -sum(v["loss"] for v in val), lr, runs))
+    *_, lr, runs = max(tried, key=lambda t: t[:2])
+    if len(tried) > 1:
+        print(f"\nlearning rate {lr:g}, best on validation: " + ", ".join(f"{lr:g} {100 * score:.1f}" for score, _, lr, _ in tried), end="")
+    return runs
 
 
 def of_modality(values: list[str], modality: str, default=None):
@@ -299,7 +313,9 @@ def main():
     parser = common_arguments(argparse.ArgumentParser(description=__doc__))
     parser.add_argument("--modality", required=True, help="audio, visual, text or flow")
     args = parser.parse_args()
-    runs = [train(args, args.modality, seed, args.epochs, args.lr) for seed in args.seeds or [args.seed]]
+    if len(args.lr or ()) > 1:
+        raise ValueError("--lr: one learning rate here, since joint runs look for one uni-modal run a seed; try others with another --out")
+    runs = [train(args, args.modality, seed, args.epochs, args.lr and args.lr[0]) for seed in args.seeds or [args.seed]]
     rows = [(f"{args.modality} alone, {runs[0].settings['encoder']}", [(r.result["test"][args.modality], r.result) for r in runs])]
     evaluate.print_table(rows, *open_data(args, runs[0].settings["seed"]))
     for run in runs if args.plot else ():

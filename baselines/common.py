@@ -82,17 +82,18 @@ def start(args, seed: int, method: str, parser: argparse.ArgumentParser, *option
     if one_label and info["multilabel"]:
         raise ValueError(f"{args.dataset} has several labels a sample: {method} is defined for one label only")
     encoders = encoder_names(args, info)
-    own = {name: getattr(args, name) for name in options}
+    own, lr = {name: getattr(args, name) for name in options}, lr or paper.joint_lr(args.dataset, encoders, "joint")
     settings = dict(method=method, dataset=args.dataset, seed=seed, encoders=encoders, fusion="joint",
                     pretrained={m: train_unimodal.pretrained_of(args, m, encoders[m]) for m in modalities},
                     epochs=args.epochs or setting["umft_epochs"], batch_size=args.batch_size or setting["batch_size"],
-                    lr=args.lr or lr or paper.joint_lr(args.dataset, encoders, "joint"), precision=train_unimodal.precision(args),
+                    lr=args.lr or lr, precision=train_unimodal.precision(args),
                     classes=info["classes"], samples=info.get("counts"), **train_unimodal.recipe(setting), **own, **more)
     words = [method]
     for name, value in own.items():
         if value != parser.get_default(name):
             words += [name.replace("_", "-"), *map(str, value if isinstance(value, list) else [] if value is True else [value])]
     words += [f"{m}-{encoders[m]}" for m in modalities if encoders[m] != default.get(m)]
+    words += [f"lr{args.lr:g}"] if args.lr not in (None, lr) else []
     run = checkpoints.Run(Path(args.out) / args.dataset / f"{'-'.join(words)}-s{seed}", settings)
     return Task(args, seed, folder, info, setting, run, functools.cache(lambda name: data.Split(folder, name)), {})
 
@@ -321,7 +322,7 @@ def main(parser: argparse.ArgumentParser, train: Callable, title: Callable | str
     """The command line of a method: one run for each seed, then the table of them all. What is wrong with the input is told in one line."""
     args = parser.parse_args()
     try:
-        runs = [train(args, seed) for seed in args.seeds or [args.seed]]
+        runs = train_unimodal.tuned(args, train)
         rows = [((title if isinstance(title, str) else title(args)) if name == "joint" else f"    {name} alone",
                  [(r.result["test"][name], r.result) for r in runs]) for name in runs[0].result["test"]]
         evaluate.print_table(rows, *train_unimodal.open_data(args, runs[0].settings["seed"]))
