@@ -292,7 +292,7 @@ def new_model(name: str, info: dict, modality: str) -> UnimodalModel:
 class Run:
     """The folder of one training run. It knows what was asked for, how far it got and, once finished, the result.
 
-        config.json          resolved settings, command line, commit, versions
+        config.json          resolved settings; dataset.json of the data (`info`), so that a run can be used without them; command line, commit, versions
         log.jsonl            one line an epoch
         last.safetensors     everything to go on from the last whole epoch; gone when the run is finished
         model.safetensors    the best epoch so far
@@ -302,8 +302,8 @@ class Run:
     Raises ValueError when the folder holds a run with other settings.
     """
 
-    def __init__(self, folder: Path, settings: dict):
-        self.folder, self.settings = folder, json.loads(json.dumps(settings))
+    def __init__(self, folder: Path, settings: dict, info: dict | None = None):
+        self.folder, self.settings, self.info = folder, json.loads(json.dumps(settings)), info
         if (folder / "config.json").exists():
             before = read_json(folder / "config.json")["settings"]
             other = [f"{k} {before.get(k)} (now {self.settings.get(k)})" for k in {**before, **self.settings} if before.get(k) != self.settings.get(k)]
@@ -317,7 +317,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         git = shutil.which("git")
         commit = git and subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-        write_json(self.folder / "config.json", dict(settings=self.settings, command=" ".join(sys.argv), commit=commit or None,
+        made = {k: v for k, v in (self.info or {}).items() if k != "unreadable"}           # a list, long maybe, that no prediction needs
+        write_json(self.folder / "config.json", dict(settings=self.settings, data=made, command=" ".join(sys.argv), commit=commit or None,
                                                      versions=dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)))
 
     @property

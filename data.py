@@ -43,6 +43,13 @@ class Split:
             if len(a) != len(self.labels):
                 raise ValueError(f"{folder / name}: {len(self.labels)} labels but {len(a)} rows in {m}.npy; prepare the data set again")
 
+    @classmethod
+    def of_one(cls, kinds: dict, row: dict) -> "Split":
+        """A split of one sample that was never stored, its label unknown. row: modality -> array, as a row of the stored ones."""
+        split = cls.__new__(cls)
+        split.kinds, split.labels, split.arrays = kinds, torch.zeros(1, dtype=torch.int64), {m: a[None] for m, a in row.items()}
+        return split
+
     def __len__(self):
         return len(self.labels)
 

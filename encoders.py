@@ -404,6 +404,8 @@ BUILD = {     # name: (class, sizes)
     "audio_vit_toy": (AudioViT, dict(width=32, depth=2, heads=4, mel=(32, 64), patch_size=(32, 4), stride=(32, 4), mlp_ratio=2)),
     # Small enough to train from scratch on a laptop
     "vit_small": (ViT, dict(image_size=96, patch_size=12, width=128, depth=4, heads=4)),
+    "audio_vit_small": (AudioViT, dict(width=128, depth=4, heads=4, stride=16)),
+    "resnet_small": (ResNet, dict(blocks=(2, 2, 2, 2), bottleneck=False, width=16)),
     "bert_small": (BERT, dict(vocab_size=30522, width=128, depth=2, heads=4, mlp_width=512, max_length=512)),
     "deberta_small": (DeBERTa, dict(vocab_size=50265, width=128, depth=2, heads=4, mlp_width=512, max_length=512)),
 }

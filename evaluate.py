@@ -1,4 +1,4 @@
-"""Metrics, fusion rules, tables; the evaluation of finished runs, and the paper's tables with ours in them.
+"""Metrics and fusion rules; the evaluation of finished runs.
 
     python evaluate.py --run runs/toy/mmlora-all-r1-s0                              # test scores again, from the stored weights
     python evaluate.py --run runs/toy/mmlora-all-r1-s0 --fusion entropy --plot
@@ -6,19 +6,19 @@
     python evaluate.py --run runs/toy/mmlora-all-r1-s0 --drop audio --missing 0 0.3 0.7 1      # as if some could not be heard
     python evaluate.py --run runs/toy/mmlora-all-r1-s0 --probe                      # linear evaluation of its encoders (Tables 3, 8)
     python evaluate.py --probe --dataset ave --modality visual                      # of a pre-trained encoder (Table 4)
+    python evaluate.py --run runs/ave/mmlora-all-r1-s0 --clip talk.mp4               # one recording, every model's opinion of it
     python evaluate.py --run runs/ave/mmlora-all-r1-s0 --export exported            # LoRA merged, in the files' public layouts
-    python evaluate.py --table 5                                                    # what of it was run, and how to run the rest
+    python evaluate.py --table 5                                                    # what of it was run, and how to run the rest: paper_tables.py
 
 The prediction of a sample never depends on the other samples of its batch, whatever the fusion rule.
 """
 import argparse
 import json
 import math
-import re
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -234,100 +234,12 @@ def probe(model, where: Path, info: dict, modality: str, device: str, setting: d
     return dict(l2=l2, val=val, test=score(layer, "test"), trained_parameters=sum(p.numel() for p in layer.parameters()), seconds=time.time() - begin)
 
 
-# ------------------------------------------------------------------------------------------------ the paper's tables, and ours
-def table_cells(number: int, toy: str | None = None) -> dict[str, dict[str, paper.Cell]]:
-    """Row -> column -> cell of the paper's Table `number`; or the same questions asked of a toy, where the paper's data sets (and backbones)
-    become one, and what the toy can't be asked, say about text, is left out."""
-    rows = {}
-    for cell in (cell for row in paper.cells(number) for cell in row):
-        if toy:
-            encoders = paper.encoders_for(toy)
-            if not (cell.dataset and cell.method and cell.encoders.keys() <= encoders.keys()):
-                continue
-            row, column = (re.sub(r"\*$", "", re.sub("AVE|Kinetics-Sound|KS|CREMA-D|MM-IMDB|Food101", toy, name)) for name in (cell.row, cell.column))
-            cell = replace(cell, row=row, column=column, backbone="", paper=None, quoted=False, dataset=toy, metrics=("accuracy",), pretrained=None,
-                           encoders={m: encoders[m] for m in cell.encoders})
-        rows.setdefault(f"{cell.row:32}{cell.backbone}".strip(), {}).setdefault(cell.column, cell)
-    return rows
-
-
+# ------------------------------------------------------------------------------------------------ finished runs
 def but_seed(settings: dict) -> str:
     """What runs of one experiment share."""
     return json.dumps({k: v for k, v in settings.items() if k not in ("seed", "unimodal")}, sort_keys=True)
 
 
-def matches(cell: paper.Cell, out: Path) -> list[Path]:
-    """Folders of the finished runs under `out` that did what the cell asks, and that differ in nothing but the seed: where a learning rate,
-    say, was also tried at another value, the setting that was run with more seeds."""
-    if not (cell.dataset and cell.method):
-        return []
-    ume, trained, found = cell.method == "ume", cell.of or (cell.method if cell.umft else "no-umft"), {}
-    for config in sorted((out / cell.dataset).glob("*/config.json"), key=lambda file: (len(file.parent.name), file)):     # without options first
-        folder, s = config.parent, checkpoints.read_json(config)["settings"]
-        if s["method"] not in (("mmlora", "full") if ume else (trained,)) or not (trained == "pretrained" or (folder / "result.json").exists()):
-            continue
-        if (s.get("encoders") or {s.get("modality"): s.get("encoder")}) != cell.encoders:
-            continue
-        starts = [(checkpoints.started_from(folder, s, m), cell.pretrained or (e if e in checkpoints.PUBLIC else "none")) for m, e in cell.encoders.items()]
-        if any(start not in (wanted, cell.pretrained) for start, wanted in starts):         # None: the cell asks for the default, the run says nothing
-            continue
-        if not ume and (s.get("fusion") == "logits" or "rank" in s and (sorted(s["lora"]), s["rank"]) != (sorted(cell.lora), cell.rank)):
-            continue
-        found.setdefault("" if ume else but_seed(s), []).append(folder)          # the ensemble is older than any setting of the joint run
-    return max(found.values(), key=len, default=[])
-
-
-def numbers(cell: paper.Cell, folders: list[Path]) -> dict[int, tuple]:
-    """Seed -> the numbers of the cell in %. Every seed counts once, however many runs hold the same ensemble."""
-    found = {}
-    for folder in folders:
-        file = folder / ("probe.json" if cell.method == "probe" else "result.json")
-        result = checkpoints.read_json(file) if file.exists() else {}
-        if cell.method == "probe":
-            test = result.get(cell.modality, {}).get("test")
-        elif cell.method == "ume":
-            test = result.get("ume", {}).get("test", {}).get("prob")
-        else:           # of one modality, or fused by averaging, or (baselines) by a head of their own
-            test = result["test"].get(cell.modality or result.get("fusion")) or result["test"].get("joint")
-        if test:
-            found.setdefault(checkpoints.read_json(folder / "config.json")["settings"]["seed"], tuple(100 * test[name] for name in cell.metrics))
-    return found
-
-
-def print_paper_table(number: int, out: Path, toy: str | None = None) -> None:
-    """The paper's numbers, under each ours, and the commands for what is empty."""
-    rows, lines, todo = table_cells(number, toy), [], {}
-    for label, row in rows.items():
-        ours, means = [], []
-        for column, cell in row.items():
-            folders = matches(cell, out)
-            values = list(zip(*numbers(cell, folders).values()))                # for each metric, one value a seed
-            if cell.dataset is None and len(means) == len(row) - 1:             # Avg Acc.: of the cells to the left, all of them
-                ours.append(f"{mean_std(means)[0]:.1f}")
-            elif values:
-                means.append(mean_std(values[0])[0])
-                ours.append(" / ".join(f"{mean_std(v)[0]:.1f}" + f" +- {mean_std(v)[1]:.1f}" * (len(v) > 1) for v in values) + f" ({len(values[0])})")
-            else:
-                ours.append("")
-                if command := paper.commands(cell, folders[0] if folders else None):
-                    todo.setdefault(command, cell.quoted)
-        if not toy:
-            lines.append([label + " (quoted)" * cell.quoted] + [" / ".join(map(str, cell.paper or ("-",))) for cell in row.values()])
-        lines.append([label if toy else "    ours"] + ours)
-    lines.insert(0, [""] + list(row))
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    print(f"\nTable {number}{f', asked of {toy}' if toy else ''}. {paper.TABLES[number]['caption']}; {paper.TABLES[number]['source']}.\n"
-          f"In %; ours: mean +- standard deviation (number of seeds), from {out}.\n")
-    for label, *texts in lines:
-        print((f"{label:{widths[0]}}" + "".join(f"{text:>{width + 3}}" for text, width in zip(texts, widths[1:]))).rstrip())
-    if todo:
-        print("\nNot run yet. RUN is the folder that the command before it writes; quoted: the paper took this row from other authors.\n")
-    elsewhere = "" if out == Path("runs") else f" --out {out}"
-    for command, quoted in todo.items():
-        print(command.replace(" &&", f"{elsewhere} &&") + elsewhere + "     # quoted" * quoted)
-
-
-# ------------------------------------------------------------------------------------------------ finished runs
 def open_run(folder: Path, args) -> tuple:
     """-> (the run's folder, that of the prepared data, its dataset.json, the settings, the models by modality)."""
     if not (folder / "result.json").exists():
@@ -340,19 +252,19 @@ def open_run(folder: Path, args) -> tuple:
     return folder, where, info, *checkpoints.load_run(folder, info, encoders_only=args.probe)
 
 
-def open_pretrained(args) -> tuple:
+def open_pretrained(args, seed: int) -> tuple:
     """The same for the encoder of --modality as it is before any training of ours; its folder is runs/<dataset>/probe-..."""
     import train_unimodal as step1        # not above: it imports this file
-    where, info = step1.open_data(args, args.seed)
+    where, info = step1.open_data(args, seed)
     m, default = args.modality, paper.encoders_for(args.dataset).get(args.modality)
     if m not in info["modalities"]:
         raise ValueError(f"--modality {m}: {args.dataset} has {', '.join(info['modalities'])}")
     encoder = step1.of_modality(args.encoder, m, default)
     start = step1.pretrained_of(args, m, encoder)
-    torch.manual_seed(args.seed)          # the weights, where nothing is pre-trained
+    torch.manual_seed(seed)               # the weights, where nothing is pre-trained
     models = nn.ModuleDict({m: step1.pretrained_model(start, encoder, info, m)})
-    run = checkpoints.Run(Path(args.out) / args.dataset / f"probe-{m}-{encoder}-s{args.seed}",
-                          dict(method="pretrained", dataset=args.dataset, modality=m, encoder=encoder, seed=args.seed, pretrained=start, precision="fp32", classes=info["classes"]))
+    run = checkpoints.Run(Path(args.out) / args.dataset / f"probe-{m}-{encoder}-s{seed}",
+                          dict(method="pretrained", dataset=args.dataset, modality=m, encoder=encoder, seed=seed, pretrained=start, precision="fp32", classes=info["classes"]), info)
     run.begin()
     return run.folder, where, info, run.settings, models
 
@@ -389,6 +301,73 @@ def score_rows(args, folder, where, info, settings, models) -> list:
     return rows
 
 
+# ------------------------------------------------------------------------------------------------ one clip
+def read_clip(files: list[str], text: str | None, tokenizer: list[str] | None, info: dict) -> tuple[data.Split, dict]:
+    """One recording, prepared as its data set was -> (a split of one sample, modality -> what it was read from).
+
+    files: "talk.mp4" serves picture and sound, "audio=talk.wav" one modality; flow, a folder, must be named. Modalities that are not given are
+    left out. Raises ValueError in one line where something cannot be read.
+    """
+    from prepare import media             # ffmpeg and image decoding are needed here alone
+    kinds, shapes = info["modalities"], info["shapes"]
+    named = dict(f.split("=", 1) for f in files if f.split("=")[0] in kinds)
+    plain = [f for f in files if f.split("=")[0] not in kinds]
+    if len(plain) > 1:
+        raise ValueError(f"--clip {' '.join(plain)}: one file for picture and sound; for one each say {' '.join(f'{m}={f}' for m, f in zip(kinds, plain))}")
+    usual = {"frames": plain, "image": plain, "audio": plain, "text": [text] if text is not None else [], "flow": []}
+    source = {m: Path(named[m]) if m in named else text if kind == "text" else Path(plain[0]) for m, kind in kinds.items() if m in named or usual[kind]}
+    if not source:
+        raise ValueError(f"nothing to look at: the run knows {', '.join(kinds)}; give --clip FILE, --clip MODALITY=FILE or --text TEXT")
+    shape = {kind: shapes[m] for m, kind in kinds.items()}          # the options of prepare, read off the arrays it made
+    pictures = next((shape[k] for k in ("frames", "image", "flow") if k in shape), [0])
+    options = SimpleNamespace(frames=pictures[0], size=pictures[-1], clips=shape.get("audio", [0])[0], max_length=shape.get("text", [0])[0],
+                              stacks=shape.get("flow", [0])[0], flow_length=shape.get("flow", [0, 0])[1] // 2, tokenizer=tokenizer)
+    tokens = None
+    if any(kinds[m] == "text" for m in source):
+        tokens = media.tokenizer(options, dict(wordpiece="bert_vocab", byte_bpe="deberta_vocab")[info["tokenizer"]["kind"]])
+        if tokens.fingerprint != info["tokenizer"]["fingerprint"]:
+            raise ValueError(f"{info['name']} was prepared with another vocabulary than this one: name its files, --tokenizer FILE")
+    row = {}
+    for m in source:
+        try:
+            row |= media.read_item(media.Item("clip", "", {m: source[m]}), {m: kinds[m]}, options, tokens)
+        except (ValueError, OSError, RuntimeError) as error:
+            rest = " ".join(f"{other}={source[other]}" for other in source if other != m and kinds[other] != "text")
+            raise ValueError(f"{m}: {error}" + (f"; without {m}: --clip {rest}" if rest else "")) from None
+    return data.Split.of_one(kinds, row), source
+
+
+def show_clip(folder: Path, args) -> None:
+    """Print the likeliest classes of one recording side by side: each modality alone, UME, and what the run made of it. No data set is needed."""
+    import train_joint        # not above: it imports this file
+    if not (folder / "result.json").exists():
+        raise ValueError(f"{folder} holds no finished run (no result.json)")
+    config = checkpoints.read_json(folder / "config.json")
+    settings, info = config["settings"], config.get("data")
+    if settings["method"] != "unimodal" and settings["method"] not in train_joint.METHODS:
+        raise ValueError(f"{folder} is a run of baselines/{settings['method']}.py, which alone can predict with it")
+    if not info or info["name"] in data.WORLDS:
+        raise ValueError(f"{folder} learnt {settings['dataset']}, " + ("which no recording looks or sounds like: --clip needs a run on real data" if info else "and does not say how that was prepared"))
+    split, source = read_clip(args.clip, args.text, args.tokenizer, info)
+    settings, models = checkpoints.load_run(folder, info)
+    alone = {m: checkpoints.load_run(folder.parent / base["run"], info)[1][m] for m, base in settings.get("unimodal", {}).items()}
+
+    def probabilities(models, fusion="prob"):
+        z = {m: predict(models[m].to(args.device), split, m, args.device, paper.settings_for(settings["dataset"]), settings["precision"]) for m in models if m in source}
+        return {**{m: fuse({m: z[m]}, multilabel=info["multilabel"])[0] for m in z}, "all": fuse(z, fusion, info["multilabel"])[0]}
+
+    before, after = probabilities(alone) if alone else {}, probabilities(models, args.fusion or settings.get("fusion", "prob"))
+    columns = {f"{m} alone": p for m, p in (before or after).items() if m != "all"}
+    columns.update({"UME": before["all"]} if before else {})
+    columns.update({train_joint.METHODS[settings["method"]]: after["all"]} if settings["method"] != "unimodal" else {})
+    cells = {name: [f"{info['classes'][c]} {100 * p[c]:5.1f}" for c in p.argsort(descending=True)[:5]] for name, p in columns.items()}
+    widths = {name: max(map(len, [name, *cells[name]])) + 3 for name in cells}
+    print(f"\n{folder}: " + ", ".join(f"{m} of {s}" if isinstance(s, Path) else f"{m} {s!r}" for m, s in source.items())
+          + "".join(f"; no {m}" for m in models if m not in source) + ". Likeliest classes, in %:\n")
+    for line in zip(*([name, *cells[name]] for name in cells)):
+        print("".join(f"{text:>{width}}" for text, width in zip(line, widths.values())))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = parser.add_argument
@@ -397,15 +376,20 @@ def main():
     one = parser.add_mutually_exclusive_group().add_argument
     one("--drop", nargs="+", default=[], metavar="MODALITY", help="leave these modalities out of the average")
     a("--missing", nargs="+", type=float, default=[], metavar="SHARE", help="shares of the samples that lose --drop: 0.7 = 70 %% of the samples lose it")
-    a("--plot", action="store_true", help="draw each run's training curves (needs matplotlib)")
+    a("--plot", action="store_true", help="draw each run's training curves, or the table (needs matplotlib)")
     one("--probe", action="store_true", help="linear evaluation: of the encoders of --run, or of the pre-trained one of --dataset and --modality")
     one("--export", type=Path, metavar="DIR", help="write the encoders of --run, LoRA merged, as public checkpoints into a new folder")
     one("--table", type=int, choices=list(paper.TABLES), metavar="N", help="the paper's Table N and our runs under --out; with --dataset toy, the toy's")
+    one("--clip", nargs="+", default=[], metavar="[MODALITY=]FILE", help="the likeliest classes of one video, picture or sound that is in no data set")
+    a("--text", help="with --clip or alone: its text")
+    a("--tokenizer", nargs="+", metavar="FILE", help="for --text: vocabulary files, where the data were not prepared with the public one")
+    a("--fill", nargs=argparse.REMAINDER, metavar="ARGUMENT", help="with --table, and last: first run what it lacks, with these further arguments to all training")
     a("--dataset", help="for --probe without --run; toy or toy_noisy for --table")
     a("--modality", help="for --probe; default: all that --run has")
     a("--encoder", nargs="+", default=[], metavar="NAME", help="for --probe: another one than Table 2's")
     a("--pretrained", nargs="+", default=[], metavar="PATH", help="for --probe: a public checkpoint, or none for random weights; default: the public one, downloaded")
     a("--seed", type=int, default=0, help="for --probe: of random weights, and of the toy's world")
+    a("--seeds", type=int, nargs="+", metavar="SEED", help="all of these, for --probe --dataset and for --fill")
     a("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a("--out", default="runs", help="folder of all runs")
     a("--data-root", default="data", help="folder of the prepared data sets")
@@ -413,19 +397,31 @@ def main():
     if args.plot:
         import_pyplot()
     check_device(args.device)
+    if args.run and (args.clip or args.text is not None):
+        for folder in args.run:
+            show_clip(folder, args)
+        return
     if args.export and len(args.run or ()) != 1:
         raise ValueError("--export takes one --run")
     if [bool(args.run), args.table is not None, bool(args.probe and args.dataset and args.modality)].count(True) != 1:
         raise ValueError("give one of: --run RUN, --table N, --probe --dataset NAME --modality NAME")
+    if args.fill is not None and not args.table:
+        raise ValueError("--fill goes with --table N")
     if args.missing and not (args.drop and all(0 <= share <= 1 for share in args.missing)):
         raise ValueError("--missing needs --drop MODALITY and shares from 0 to 1: 0.7 = 70 % of the samples lose that modality")
     if args.table:
         if args.dataset not in (None, *data.WORLDS):
             raise ValueError(f"--table asks {args.dataset} nothing: its data sets are the paper's, or with --dataset one of {', '.join(data.WORLDS)}")
-        return print_paper_table(args.table, Path(args.out), args.dataset)
+        import paper_tables        # not above: it imports this file
+        if args.dataset and args.table not in paper_tables.TOY_TABLES:
+            raise ValueError(f"--table {args.table} cannot be asked of a toy, which has one encoder for sound and one for pictures; those that can: {', '.join(map(str, paper_tables.TOY_TABLES))}")
+        if args.fill is not None:
+            paper_tables.fill(args.table, args.dataset, args.seeds or [args.seed], ["--out", args.out, "--data-root", args.data_root, "--device", args.device], args.fill)
+        paper_tables.show(args.table, Path(args.out), args.dataset)
+        return print(f"\nwrote {paper_tables.draw(args.table, Path(args.out), args.dataset)}") if args.plot else None
     same = {}
-    for folder in args.run or [None]:
-        folder, where, info, settings, models = opened = open_run(folder, args) if folder else open_pretrained(args)
+    for what in args.run or args.seeds or [args.seed]:
+        folder, where, info, settings, models = opened = open_run(what, args) if args.run else open_pretrained(args, what)
         if args.export:
             checkpoints.export_run(folder, settings, models, info, args.export)
             continue

@@ -247,13 +247,14 @@ def commands(cell: Cell, run: str | None = None) -> str:
     if cell.method == "probe":
         train = "" if run else commands(replace(cell, method=cell.of)) + " && "
         return f"{train}python evaluate.py --probe --run {run or 'RUN'}"
-    scripts = dict(unimodal="train_unimodal.py", ume="train_joint.py", mmlora="train_joint.py", full="train_joint.py")
+    scripts = dict(unimodal="train_unimodal.py", ume="train_joint.py", mmlora="train_joint.py", full="train_joint.py", frozen="-m baselines.concat")
     alone = cell.method == "unimodal"
     changed = [e if alone else f"{m}={e}" for m, e in cell.encoders.items() if e != encoders_for(cell.dataset)[m]]
     words = [f"python {scripts.get(cell.method, f'-m baselines.{cell.method}')} --dataset {cell.dataset}",
              alone and f"--modality {cell.modality}",
              cell.lora and f"--lora {'all' if len(cell.lora) == len(cell.encoders) else ' '.join(cell.lora)}",
              cell.method == "full" and "--tune full",
+             cell.method == "frozen" and "--freeze",
              cell.rank != COMMON["rank"] and f"--rank {cell.rank}",
              not cell.umft and "--no-umft",
              changed and f"--encoder {' '.join(changed)}",

@@ -55,7 +55,7 @@ def train(args, seed: int) -> checkpoints.Run:
     name = method if args.tune == "full" else f"{method}-{'all' if len(lora) == len(modalities) else '+'.join(sorted(lora))}-r{args.rank}"
     name += "".join(f"-{m}-{encoders[m]}" for m in modalities if encoders[m] != default.get(m)) + ("-logits" if args.fusion == "logits" else "")
     name += f"-lr{args.lr:g}" if args.lr not in (None, lr) else ""
-    run = checkpoints.Run(Path(args.out) / args.dataset / f"{name}-s{seed}", settings)
+    run = checkpoints.Run(Path(args.out) / args.dataset / f"{name}-s{seed}", settings, info)
     if run.result:
         return run
 

@@ -258,7 +258,7 @@ def train(args, modality: str, seed: int, epochs: int | None = None, lr: float |
         asked = dict(epochs=epochs, lr=lr, pretrained=of_modality(args.pretrained, modality))
         before = checkpoints.read_json(there / "config.json")["settings"]
         settings.update({k: v for k, v in before.items() if k not in ("dataset", "encoder", "seed", "classes", "samples") and asked.get(k) is None})
-    run = checkpoints.Run(there, settings)
+    run = checkpoints.Run(there, settings, info)
     if run.result:
         return run
     torch.manual_seed(seed)

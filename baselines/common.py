@@ -94,7 +94,7 @@ def start(args, seed: int, method: str, parser: argparse.ArgumentParser, *option
             words += [name.replace("_", "-"), *map(str, value if isinstance(value, list) else [] if value is True else [value])]
     words += [f"{m}-{encoders[m]}" for m in modalities if encoders[m] != default.get(m)]
     words += [f"lr{args.lr:g}"] if args.lr not in (None, lr) else []
-    run = checkpoints.Run(Path(args.out) / args.dataset / f"{'-'.join(words)}-s{seed}", settings)
+    run = checkpoints.Run(Path(args.out) / args.dataset / f"{'-'.join(words)}-s{seed}", settings, info)
     return Task(args, seed, folder, info, setting, run, functools.cache(lambda name: data.Split(folder, name)), {})
 
 

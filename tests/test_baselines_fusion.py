@@ -103,6 +103,27 @@ def pretrained(root, dataset, **names):
     return state
 
 
+@pytest.mark.parametrize("method", ["concat", "ogm_ge", "g_blending", "pmr", "mla", "mbt", "pmf", "mmbt"])
+def test_the_prediction_of_a_sample_depends_on_no_other(script, method, monkeypatch):
+    """Alone, in another order, in one batch with all: the same."""
+    checked, finish = [], common.finish
+
+    def watched(task, models, logits, load):
+        n = len(task.split("test"))
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+        predict = lambda index: common.predict(task, models, logits, load, "test", index)
+        whole, shuffled, single = predict(None), predict(order), [predict(torch.tensor([i])) for i in range(8)]
+        for name, z in whole.items():
+            torch.testing.assert_close(shuffled[name], z[order], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(torch.cat([s[name] for s in single]), z[:8], rtol=1e-4, atol=1e-5)
+            checked.append(name)
+        return finish(task, models, logits, load)
+
+    monkeypatch.setattr(common, "finish", watched)
+    script(method, *(MENU if method == "mmbt" else []), "--epochs", 1)
+    assert "joint" in checked
+
+
 @pytest.mark.parametrize("method, words", [("mbt", []), ("pmf", []), ("mbt", MENU), ("pmf", MENU), ("mmbt", MENU)])
 def test_the_scripts_run_learn_and_hold_what_they_say(script, root, method, words):
     folder = script(method, *words, "--epochs", 4, "--lr", 0.005, *(["--freeze-image", 1, "--freeze-text", 2] if method == "mmbt" else []))

@@ -225,7 +225,7 @@ def test_public_tensors_and_lora_parameters(name, tensors, rank_one):
     assert sum(p.numel() for p in encoder.parameters() if p.requires_grad) == rank_one
 
 
-@pytest.mark.parametrize("name, shape", [("vit_toy", (3, 32, 32)), ("audio_vit_toy", (1, 32, 64)), ("vit_small", (3, 96, 96)),
+@pytest.mark.parametrize("name, shape", [("vit_toy", (3, 32, 32)), ("audio_vit_toy", (1, 32, 64)), ("vit_small", (3, 96, 96)), ("audio_vit_small", (1, 128, 204)), ("resnet_small", (3, 64, 64)),
                                          ("bert_small", (20,)), ("deberta_small", (20,)), ("resnet18", (3, 64, 64))])
 def test_small_encoders_run_and_learn(name, shape):
     torch.manual_seed(0)

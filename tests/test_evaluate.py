@@ -93,15 +93,28 @@ def test_missing_samples_are_predicted_from_what_is_left(rule, multilabel):
     assert all(torch.equal(fuse(0.7)[i], left[i]) for i in lost[0.7]) and torch.equal(fuse(0.7), fuse(0.7))
 
 
-def test_missing_beside_full_and_dropped(chain, capsys):
-    call(evaluate, "--run", JOINT)
+@pytest.mark.parametrize("rule", evaluate.FUSIONS)
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_one_modality_is_that_modality_and_the_order_of_samples_is_nothing(rule, multilabel):
+    torch.manual_seed(0)
+    logits, order = {m: 3 * torch.randn(50, 4) for m in "abc"}, torch.randperm(50)
+    for m, z in logits.items():
+        torch.testing.assert_close(evaluate.fuse({m: z}, rule, multilabel), z.sigmoid() if multilabel else z.softmax(-1))
+    whole = evaluate.fuse(logits, rule, multilabel)
+    torch.testing.assert_close(evaluate.fuse({m: z[order] for m, z in logits.items()}, rule, multilabel), whole[order])
+    assert not torch.allclose(whole, evaluate.fuse({"a": logits["a"]}, rule, multilabel))
+
+
+@pytest.mark.parametrize("rule", evaluate.FUSIONS)
+def test_missing_beside_full_and_dropped(rule, chain, capsys):
+    call(evaluate, "--run", JOINT, "--fusion", rule)
     full = rows(capsys.readouterr().out)
-    call(evaluate, "--run", JOINT, "--drop", "audio")
+    call(evaluate, "--run", JOINT, "--fusion", rule, "--drop", "audio")
     dropped = rows(capsys.readouterr().out)
-    call(evaluate, "--run", JOINT, "--drop", "audio", "--missing", 0, 0.5, 1)
+    call(evaluate, "--run", JOINT, "--fusion", rule, "--drop", "audio", "--missing", 0, 0.5, 1)
     swept = rows(capsys.readouterr().out)
     assert dropped == {"visual alone": full["visual alone"]} and full.items() <= swept.items()
-    assert swept["audio missing in 0 %"] == full["together, fusion prob"] != swept["audio missing in 100 %"] == full["visual alone"]
+    assert swept["audio missing in 0 %"] == full[f"together, fusion {rule}"] != swept["audio missing in 100 %"] == full["visual alone"]
     assert "audio missing in 50 %" in swept
 
 
@@ -296,171 +309,10 @@ def test_export_of_a_flow_network(tmp_path, capsys):
     assert all(torch.equal(t, network.state_dict()[k]) for k, t in again.state_dict().items()) and "4 channels" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------------ the paper's tables
-VIT, RESNET = {"audio": "audio_vit_b", "visual": "vit_b16"}, {"audio": "resnet18", "visual": "resnet18"}
-
-
-def write(out, dataset, name, result=None, probe=None, **settings):
-    """A run's folder, hand-made."""
-    folder = out / dataset / name
-    folder.mkdir(parents=True)
-    settings = dict(dict(dataset=dataset, seed=int(name[-1])), **settings)
-    (folder / "config.json").write_text(json.dumps(dict(settings=settings)))
-    if result is not None:
-        (folder / "result.json").write_text(json.dumps(dict(fusion=settings.get("fusion"), **result)))
-    if probe is not None:
-        (folder / "probe.json").write_text(json.dumps({m: dict(test=dict(accuracy=v)) for m, v in probe.items()}))
-
-
-def unimodal(out, dataset, modality, seed, accuracy, encoder, pretrained=None, probe=None, tag=""):
-    write(out, dataset, f"unimodal-{modality}{tag}-s{seed}", dict(test={modality: dict(accuracy=accuracy)}), probe, method="unimodal", modality=modality,
-          encoder=encoder, pretrained=pretrained or encoder)
-
-
-def joint(out, dataset, name, accuracy, ume=None, method="mmlora", lora=("audio", "visual"), rank=1, encoders=VIT, fusion="prob", base="", probe=None, **more):
-    """accuracy: of the fusion that it was trained with; the other one's is 0.1."""
-    result = dict(test={"prob": dict(accuracy=0.1), "logits": dict(accuracy=0.1)} | {fusion: dict(accuracy=accuracy)})
-    if ume:
-        result["ume"] = dict(test={"prob": dict(accuracy=ume), "logits": dict(accuracy=0.1)})
-    if method == "mmlora":
-        more["unimodal"] = {m: dict(run=f"unimodal-{m}{base}-s{name[-1]}") for m in encoders}
-    write(out, dataset, name, result, probe, method=method, encoders=encoders, fusion=fusion, **more,
-          **(dict(lora=sorted(lora), rank=rank) if method in ("mmlora", "no-umft") else {}))
-
-
-def filled(number, out, toy=None):
-    """(row, column) -> seed -> numbers, of the cells that are not empty."""
-    cells = {(row, column): cell for row, columns in evaluate.table_cells(number, toy).items() for column, cell in columns.items()}
-    found = {(re.sub(" +", " ", row), column): evaluate.numbers(cell, evaluate.matches(cell, out)) for (row, column), cell in cells.items()}
-    return {where: {s: tuple(round(v, 6) for v in values) for s, values in f.items()} for where, f in found.items() if f}
-
-
-def test_only_the_run_that_a_cell_asks_for_fills_it(tmp_path):
-    for seed in (0, 1):
-        for m, encoder in VIT.items():
-            unimodal(tmp_path, "ave", m, seed, 0.8, encoder)
-            unimodal(tmp_path, "ave", m, seed, 0.5, "resnet18", tag="-scratch", pretrained="none")
-            unimodal(tmp_path, "ave", m, seed, 0.6, "resnet18", tag="-resnet18")
-        joint(tmp_path, "ave", f"mmlora-all-r1-s{seed}", 0.96 + seed / 100, ume=0.95)
-    joint(tmp_path, "ave", "mmlora-audio-r1-s0", 0.2, lora=["audio"], ume=0.95)
-    joint(tmp_path, "ave", "mmlora-all-r4-s0", 0.3, rank=4, ume=0.95)
-    joint(tmp_path, "ave", "mmlora-all-r1-logits-s2", 0.4, fusion="logits", ume=0.94)
-    joint(tmp_path, "kinetics_sound", "mmlora-all-r1-logits-s0", 0.4, fusion="logits", ume=0.9)
-    joint(tmp_path, "ave", "no-umft-all-r1-s0", 0.5, method="no-umft", pretrained=dict(VIT))
-    joint(tmp_path, "ave", "full-s0", 0.6, method="full", ume=0.95)
-    joint(tmp_path, "ave", "mmlora-all-r1-resnet18-s0", 0.7, encoders=RESNET, ume=0.65, base="-resnet18")      # ImageNet, where Table 5 has none
-    joint(tmp_path, "ave", "mmlora-all-r1-resnet18-scratch-s0", 0.75, encoders=RESNET, ume=0.72, base="-scratch")
-    joint(tmp_path, "ave", "no-umft-all-r1-none-s0", 0.55, method="no-umft", pretrained=dict.fromkeys(VIT, "none"))
-    joint(tmp_path, "ave", "mmlora-all-r1-lr-s3", 0.9, lr=1)                # a setting tried with fewer seeds
-    write(tmp_path, "ave", "mmlora-unfinished-s5", method="mmlora", encoders=VIT, lora=["audio", "visual"], rank=1, fusion="prob", unimodal={})
-    write(tmp_path, "ave", "concat-s0", dict(test={"joint": dict(accuracy=0.91)}), method="concat", encoders=VIT, pretrained=dict(VIT), fusion="joint")
-    write(tmp_path, "ave", "ogm_ge-s0", dict(test={"prob": dict(accuracy=0.92)}), method="ogm_ge", encoders=VIT, fusion="prob")
-    write(tmp_path, "ave", "ogm_ge-scratch-s0", dict(test={"joint": dict(accuracy=0.73)}), method="ogm_ge", encoders=RESNET, pretrained="none")
-    write(tmp_path, "ave", "pmr-s0", dict(test={"joint": dict(accuracy=0.74)}), method="pmr", encoders=RESNET)             # says nothing of its start
-    assert filled(5, tmp_path) == {
-        ("OGM-GE ResNet18/ResNet18", "AVE"): {0: (73.0,)},
-        ("UME* ResNet18/ResNet18", "AVE"): {0: (72.0,)},
-        ("MMLoRA (ours) ResNet18/ResNet18", "AVE"): {0: (75.0,)},
-        ("Multi-Modal Baseline* ViT-B/ViT-B", "AVE"): {0: (91.0,)},
-        ("OGM-GE* ViT-B/ViT-B", "AVE"): {0: (92.0,)},
-        ("UME* ViT-B/ViT-B", "AVE"): {0: (95.0,), 1: (95.0,), 2: (94.0,)},                # seed 2: its run averages logits, its ensemble does not
-        ("UME* ViT-B/ViT-B", "KS"): {0: (90.0,)},
-        ("Fully Fine-tuned UME* ViT-B/ViT-B", "AVE"): {0: (60.0,)},
-        ("MMLoRA (ours) ViT-B/ViT-B", "AVE"): {0: (96.0,), 1: (97.0,)},
-    }
-    assert filled(9, tmp_path) == {("MMLoRA", "AVE Audio"): {0: (20.0,)}, ("MMLoRA", "AVE Both"): {0: (96.0,), 1: (97.0,)}}
-    assert filled(10, tmp_path) == {("AVE", "UME"): {0: (95.0,), 1: (95.0,), 2: (94.0,)}, ("Kinetics-Sound", "UME"): {0: (90.0,)},
-                                    ("AVE", "1"): {0: (96.0,), 1: (97.0,)}, ("AVE", "4"): {0: (30.0,)}}
-    assert filled(13, tmp_path) == {("MMLoRA (w/o UMFT)", "AVE"): {0: (50.0,)}, ("MMLoRA (w UMFT)", "AVE"): {0: (96.0,), 1: (97.0,)}}
-    both = {0: (80.0,), 1: (80.0,)}
-    assert filled(1, tmp_path) == {("Fine-tuned Visual Model", "AVE"): both, ("Fine-tuned Audio / Language Model", "AVE"): both}
-
-
-def test_probes_fill_tables_3_4_and_8(tmp_path):
-    for m, encoder in VIT.items():
-        unimodal(tmp_path, "ave", m, 0, 0.8, encoder, probe={m: 0.81})
-        write(tmp_path, "ave", f"probe-{m}-s0", probe={m: 0.7}, method="pretrained", modality=m, encoder=encoder, pretrained=encoder)
-        write(tmp_path, "ave", f"probe-{m}-s1", probe={m: 0.1}, method="pretrained", modality=m, encoder=encoder, pretrained="none")
-    joint(tmp_path, "ave", "mmlora-all-r1-s0", 0.9, probe=dict(visual=0.84))
-    joint(tmp_path, "ave", "mmlora-audio-r1-s0", 0.9, lora=["audio"], probe=dict(visual=0.2, audio=0.2))
-    write(tmp_path, "ave", "concat-s0", dict(test={"joint": dict(accuracy=0.91)}), dict(visual=0.77, audio=0.78), method="concat", encoders=VIT)
-    tuned = {("Uni-Modal Fine-Tuned", f"AVE {which}"): {0: (81.0,)} for which in ("RGB", "Audio")}
-    assert filled(3, tmp_path) == tuned | {("Multi-Modal Training", "AVE RGB"): {0: (77.0,)}, ("Multi-Modal Training", "AVE Audio"): {0: (78.0,)}}
-    assert filled(8, tmp_path) == tuned | {("MMLoRA (ours)", "AVE RGB"): {0: (84.0,)}}
-    assert filled(4, tmp_path) == {("linear eval", f"AVE {which}"): {0: (70.0,)} for which in ("RGB", "Audio")} | {
-        ("fine-tuning", f"AVE {which}"): {0: (80.0,)} for which in ("RGB", "Audio")}
-
-
-def test_f1_pairs(tmp_path):
-    encoders = {"visual": "vit_l14", "text": "deberta_large"}
-    write(tmp_path, "mm_imdb", "mmlora-s0", dict(test={"prob": dict(f1_micro=0.7, f1_macro=0.6)}), method="mmlora", encoders=encoders, fusion="prob",
-          lora=["text", "visual"], rank=1, unimodal={m: dict(run="gone") for m in encoders})
-    assert filled(6, tmp_path) == {("MMLoRA (ours) Table 2", "MM-IMDB"): {0: (70.0, 60.0)}}
-
-
-def test_print_of_table_5(tmp_path, capsys):
-    for dataset, accuracy in (("ave", 0.95), ("kinetics_sound", 0.9), ("crema_d", 0.88)):
-        for seed in (0, 1, 2) if dataset == "ave" else (0,):
-            joint(tmp_path, dataset, f"mmlora-s{seed}", accuracy + (seed - 1) / 100 * (dataset == "ave"), lora=["audio"] if dataset == "crema_d" else ["audio", "visual"])
-    joint(tmp_path, "ave", "full-s0", 0.9, method="full")
-    call(evaluate, "--table", 5, "--out", tmp_path)
-    table, commands = capsys.readouterr().out.split("\n\n")[1::2]
-    lines = [re.split("  +", line.strip()) for line in table.splitlines()]
-    assert lines[0] == ["AVE", "KS", "CREMA-D", "Avg Acc."]
-    assert lines[1] == ["G-Blending", "ResNet18/ResNet18 (quoted)", "65.5", "62.2", "58.7", "62.1"]
-    assert lines[-2:] == [["MMLoRA (ours)", "ViT-B/ViT-B", "96.2", "91.4", "88.6", "92.1"], ["ours", "95.0 +- 1.0 (3)", "90.0 (1)", "88.0 (1)", "91.0"]]
-    assert lines[-3] == ["ours", "90.0 (1)"] and len(lines) == 1 + 2 * 12                    # no mean of one
-    commands = commands.splitlines()
-    here = f" --out {tmp_path}"
-    assert len(commands) == len(set(commands)) and all(here in line for line in commands)
-    assert f"python train_joint.py --dataset kinetics_sound --tune full{here}" in commands and f"python train_joint.py --dataset ave --tune full{here}" not in commands
-    assert f"python -m baselines.mbt --dataset ave{here}     # quoted" in commands and f"python -m baselines.concat --dataset ave{here}" in commands
-    assert f"python train_joint.py --dataset ave --lora all{here}" in commands               # filled for MMLoRA, but these runs hold no UME
-
-
-@pytest.mark.parametrize("number", paper.TABLES)
-def test_every_empty_cell_has_its_command(number, tmp_path, capsys):
-    call(evaluate, "--table", number, "--out", "runs")
-    printed = capsys.readouterr().out
-    commands = {line.removesuffix("     # quoted") for line in printed.splitlines() if line.startswith("python")}
-    assert commands == {paper.commands(cell) for row in paper.cells(number) for cell in row} - {""}
-    assert ("# quoted" in printed) == any(cell.quoted and paper.commands(cell) for row in paper.cells(number) for cell in row)
-
-
-@pytest.mark.parametrize("number, columns, count", [
-    (1, ["toy"], 2), (3, ["toy RGB", "toy Audio"], 2), (4, ["toy RGB", "toy Audio"], 2), (5, ["toy"], 9), (8, ["toy RGB", "toy Audio"], 2),
-    (9, ["toy RGB", "toy Audio", "toy Both"], 1), (10, ["UME", "1", "2", "4", "8", "64"], 1), (13, ["toy"], 2)])
-def test_tables_asked_of_the_toy(number, columns, count):
-    table = evaluate.table_cells(number, "toy")
-    assert len(table) == count and all(list(row) == columns for row in table.values())
-    for cell in (cell for row in table.values() for cell in row.values()):
-        assert cell.paper is None and not cell.quoted and cell.encoders.items() <= paper.encoders_for("toy").items()
-        assert "--dataset toy" in paper.commands(cell) and not {"--encoder", "--pretrained"} & set(paper.commands(cell).split())
-
-
-def test_from_runs_to_tables_on_the_toy(chain, capsys):
-    results = [json.loads(Path(f"runs/toy/mmlora-all-r1-s{s}/result.json").read_text()) for s in (0, 1)]
-    accuracy = {s: (round(100 * r["test"]["prob"]["accuracy"], 6),) for s, r in enumerate(results)}
-    ensemble = {s: (round(100 * r["ume"]["test"]["prob"]["accuracy"], 6),) for s, r in enumerate(results)}
-    assert filled(5, Path("runs"), "toy") == {("UME", "toy"): ensemble, ("MMLoRA (ours)", "toy"): accuracy}
-    assert filled(8, Path("runs"), "toy") == {}
-    call(evaluate, "--table", 8, "--dataset", "toy")
-    assert f"python evaluate.py --probe --run {JOINT}" in capsys.readouterr().out.splitlines()          # what to probe is there already
-    call(evaluate, "--probe", "--run", JOINT, "runs/toy/unimodal-audio-s0", "--modality", "audio")
-    call(evaluate, "--probe", "--dataset", "toy", "--modality", "audio", "--seed", 1)
-    assert {k: set(v) for k, v in filled(8, Path("runs"), "toy").items()} == {("Uni-Modal Fine-Tuned", "toy Audio"): {0}, ("MMLoRA (ours)", "toy Audio"): {0}}
-    assert {k: set(v) for k, v in filled(4, Path("runs"), "toy").items()} == {
-        ("linear eval", "toy Audio"): {1}, ("fine-tuning", "toy Audio"): {0, 1}, ("fine-tuning", "toy RGB"): {0, 1}}
-    capsys.readouterr()
-    call(evaluate, "--table", 5, "--dataset", "toy")
-    mean = sum(v for v, in accuracy.values()) / 2
-    assert re.search(rf"MMLoRA \(ours\) +{mean:.1f} \+- \d+\.\d \(2\)", capsys.readouterr().out)
-
-
 # ------------------------------------------------------------------------------------------------ bad input
 @pytest.mark.parametrize("words, told", [
     ("", "give one of"), ("--table 5 --run x", "give one of"), ("--probe --dataset toy", "--modality NAME"), ("--run nowhere", "nowhere holds no finished run"),
-    ("--table 5 --dataset ave", "toy, toy_noisy"), ("--export out", "--export takes one --run"), ("--run a b --export out", "--export takes one --run"),
+    ("--table 5 --dataset ave", "toy, toy_noisy"), ("--table 11 --dataset toy", "1, 3, 4, 5, 8, 9, 10, 13"), ("--run x --fill", "--fill goes with --table"), ("--export out", "--export takes one --run"), ("--run a b --export out", "--export takes one --run"),
     (f"--run {JOINT} --missing 0.7", "--missing needs --drop"), (f"--run {JOINT} --drop audio --missing 70", "0.7 = 70 %"),
     (f"--run {JOINT} --drop text", "has audio, visual"), (f"--run {JOINT} --drop audio visual --missing 0.5", "leaves no modality"),
     (f"--run {JOINT} --probe --modality text", "has audio, visual"), (f"--probe --dataset toy --modality audio --pretrained gone.pth", "no checkpoint at gone.pth"),

@@ -420,6 +420,61 @@ def test_tune_full(base, copied, root):
     assert not [name for name in stored if torch.equal(stored[name], before[name])]     # every tensor has moved
 
 
+def test_separate_losses_are_those_of_the_modalities_alone(base, copied, root, monkeypatch):
+    """The control: the gradient of each modality's LoRA is that of its own cross-entropy, whatever the other one predicts."""
+    seen, fit = [], train_unimodal.fit
+
+    def watched(args, run, models, objective, *rest):
+        x = {m: torch.randn(8, 1, *shape) for m, shape in (("audio", (1, 32, 64)), ("visual", (3, 32, 32)))}
+        y = torch.arange(8)
+        loss, z = objective(x, y)
+        loss.backward()
+        for m in models:
+            ours = [p.grad.clone() for p in models[m].parameters() if p.requires_grad]
+            models.zero_grad()
+            (nn.functional.cross_entropy(models[m](x[m]), y) / 2).backward()
+            seen.append(all(torch.allclose(a, p.grad, atol=1e-7) for a, p in zip(ours, (p for p in models[m].parameters() if p.requires_grad))))
+        models.zero_grad()
+        assert float(loss) == pytest.approx(sum(float(nn.functional.cross_entropy(z[m], y)) for m in z) / 2, rel=1e-5)
+        return fit(args, run, models, objective, *rest)
+
+    monkeypatch.setattr(train_unimodal, "fit", watched)
+    printed = call("train_joint.py", *SMALL, "--separate-losses", out=copied, root=root)
+    assert seen == [True, True]
+    call("train_joint.py", *SMALL, "--rank", 5, out=copied, root=root)
+    assert seen[2:] == [False, False]                                          # MMLoRA's are not
+    done, run = result(copied, "toy/separate-all-r1-s0"), copied / "toy/separate-all-r1-s0"
+    assert done["method"] == "separate" and sum(t.numel() for t in tensors(copied, run).values()) == 768      # A and B alone, as MMLoRA
+    assert list(table(printed))[-2:] == ["MMLoRA, rank 1, LoRA on audio + visual", "Control: LoRA, separate losses, rank 1, LoRA on audio + visual"]
+    again = evaluated(run, monkeypatch=monkeypatch, root=root)
+    assert again["together, fusion prob"]["accuracy"] == done["test"]["prob"]["accuracy"]
+    assert "none of --tune full" in error("train_joint.py", "--separate-losses", "--fusion", "logits", out=copied, root=root)
+
+
+def test_of_several_learning_rates_the_best_on_validation_is_shown(copied, root, monkeypatch):
+    words = [*SMALL, "--rank", 2, "--seeds", 0, 1, "--lr"]
+    printed = call("train_joint.py", *words, 1e-30, 0.05, 0.02, out=copied, root=root)
+    runs = {lr: [result(copied, f"toy/mmlora-all-r2{name}-s{seed}") for seed in (0, 1)] for lr, name in ((1e-30, "-lr1e-30"), (0.05, ""), (0.02, "-lr0.02"))}
+    mean = {lr: sum(r["val"]["prob"]["accuracy"] for r in rs) / 2 for lr, rs in runs.items()}
+    told = re.search(r"learning rate (\S+), best on validation: (.*)", printed)
+    assert told[2] == ", ".join(f"{lr:g} {100 * v:.1f}" for lr, v in mean.items()) and mean[1e-30] < mean[float(told[1])] == max(mean.values())
+    label, cells = list(table(printed).items())[-1]
+    assert cells[0].startswith(f"{50 * sum(r['test']['prob']['accuracy'] for r in runs[float(told[1])]):.1f}")
+    assert "one learning rate" in error("train_unimodal.py", "--modality", "audio", "--lr", 1e-3, 2e-3, out=copied, root=root)
+
+
+def test_the_choice_of_a_learning_rate_never_looks_at_test(monkeypatch, capsys):
+    scores = {1: (0.9, 0.3), 2: (0.8, 0.1), 3: (0.9, 0.2), 4: (0.7, 0.0)}      # lr -> accuracy and loss on validation; test is the other way round
+    def train(args, seed):
+        accuracy, loss = scores[args.lr]
+        return SimpleNamespace(lr=args.lr, seed=seed, result=dict(fusion="joint", val=dict(joint=dict(accuracy=accuracy, loss=loss)), test=dict(joint=dict(accuracy=1 - accuracy))))
+    runs = train_unimodal.tuned(SimpleNamespace(lr=[1, 2, 3, 4], seeds=[5, 6], seed=0), train)
+    assert [(r.lr, r.seed) for r in runs] == [(3, 5), (3, 6)]                  # of equals the lower loss
+    assert capsys.readouterr().out.strip() == "learning rate 3, best on validation: 1 90.0, 2 80.0, 3 90.0, 4 70.0"
+    scores[None] = (0, 0)
+    assert [r.lr for r in train_unimodal.tuned(SimpleNamespace(lr=None, seeds=None, seed=7), train)] == [None] and not capsys.readouterr().out
+
+
 def test_no_umft(root, tmp_path):
     printed = call("train_joint.py", "--no-umft", "--epochs", 3, "--batch-size", 16, out=tmp_path, root=root)
     run = "toy/no-umft-all-r1-s0"
