@@ -225,7 +225,7 @@ def test_micro_batches_give_the_same_training(script):
 def test_frozen_trains_the_layer_and_nothing_else(script, root):
     folder = script("concat", "--freeze", "--umft-epochs", 2, "--epochs", 5, "--lr", 0.05)
     file, result, log = tensors(folder), checkpoints.read_json(folder / "result.json"), logged(folder)
-    assert folder.name == "frozen-s0" and result["method"] == "frozen"
+    assert folder.name == "frozen-lr0.05-s0" and result["method"] == "frozen"
     for m, base in checkpoints.read_json(folder / "config.json")["settings"]["unimodal"].items():
         alone = folder.parent / base["run"]
         assert base == dict(run=f"unimodal-{m}-s0", sha256=checkpoints.sha256(alone / "model.safetensors"))
