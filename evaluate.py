@@ -22,6 +22,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 
 import checkpoints
@@ -283,20 +284,25 @@ def probe_rows(args, folder, where, info, settings, models) -> list:
 
 
 def score_rows(args, folder, where, info, settings, models) -> list:
-    """Test scores of every modality alone and of all together: without those of --drop, or with the share --missing of them missing."""
+    """Test scores of every modality alone and of all together, of UME and of what training made of it: without the modalities of --drop, or
+    with the share --missing of the samples lacking them."""
     kept = [m for m in models if m not in args.drop]
     if unknown := set(args.drop) - set(models):
         raise ValueError(f"--drop {' '.join(unknown)}: {folder} has {', '.join(models)}")
     if not kept:
         raise ValueError(f"--drop leaves no modality of {folder}")
     test, setting, shares, fusion = data.Split(where, "test"), paper.settings_for(settings["dataset"]), args.missing, args.fusion or settings.get("fusion", "prob")
-    logits = {m: predict(models[m].to(args.device), test, m, args.device, setting, settings["precision"]) for m in (models if shares else kept)}
-    rows = [(f"{m} alone", [(scores({m: z}, test.labels, info), None)]) for m, z in logits.items()]
-    if len(logits) > 1:
-        rows.append((f"together, fusion {fusion}", [(scores(logits, test.labels, info, fusion), None)]))
-    for share in shares:
-        p = fuse_missing(logits, args.drop, share, fusion, info["multilabel"])
-        rows.append((f"{' and '.join(args.drop)} missing in {100 * share:g} %", [(rates(p, test.labels, info), None)]))
+    shown, rows = [m for m in models if shares or m in kept], []
+    ensembles = {"UME": {m: load_file(folder.parent / base["run"] / "logits.safetensors")[f"test.{m}"] for m, base in settings["unimodal"].items() if m in shown}
+                 } if "unimodal" in settings else {}                # what the run started from
+    ensembles["together"] = {m: predict(models[m].to(args.device), test, m, args.device, setting, settings["precision"]) for m in shown}
+    for name, logits in ensembles.items():
+        rows += [(f"{m} alone" + " (UMFT)" * (name == "UME"), [(scores({m: z}, test.labels, info), None)]) for m, z in logits.items()]
+        if len(logits) > 1:
+            rows.append((f"{name}, fusion {fusion}", [(scores(logits, test.labels, info, fusion), None)]))
+        for share in shares:
+            p = fuse_missing(logits, args.drop, share, fusion, info["multilabel"])
+            rows.append((f"{name}, {' and '.join(args.drop)} missing in {100 * share:g} %", [(rates(p, test.labels, info), None)]))
     print(f"\n{folder}" + (f", without {', '.join(args.drop)}" if args.drop and not shares else ""), end="")
     return rows
 

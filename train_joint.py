@@ -114,14 +114,16 @@ def row(runs: list[checkpoints.Run]) -> tuple:
 
 
 def mmlora_beside(runs: list[checkpoints.Run]) -> list[list[checkpoints.Run]]:
-    """What full fine-tuning and the control are compared with: the MMLoRA runs on the same uni-modal models, where they are finished for all the seeds."""
-    found, seed = [], f"-s{runs[0].settings['seed']}"
+    """What full fine-tuning and the control are compared with: the MMLoRA runs on the same uni-modal models, where they are finished for all
+    the seeds; of several learning rates the best on validation."""
+    found, seed = {}, f"-s{runs[0].settings['seed']}"
     for name in sorted(f.parent.name.removesuffix(seed) for f in runs[0].folder.parent.glob(f"mmlora-*{seed}/result.json")):
         folders = [r.folder.with_name(f"{name}-s{r.settings['seed']}") for r in runs]
         if all((f / "result.json").exists() for f in folders):
             same = [checkpoints.Run(f, checkpoints.read_json(f / "config.json")["settings"]) for f in folders]
-            found += [same] if all(a.settings["unimodal"] == b.settings["unimodal"] for a, b in zip(same, runs)) else []
-    return found
+            if all(a.settings["unimodal"] == b.settings["unimodal"] for a, b in zip(same, runs)):
+                found.setdefault(name.split("-lr")[0], []).append(same)
+    return [max(rates, key=train_unimodal.validation) for rates in found.values()]
 
 
 def main():

@@ -8,12 +8,14 @@ Defaults (encoder, learning rate, batch size, epochs, optimiser) are the paper's
 is kept, the test split is used once, at the end. A run that was killed goes on from its last whole epoch.
 """
 import argparse
+import functools
 import json
 import math
 import resource
 import sys
 import time
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -126,14 +128,17 @@ def tuned(args, train) -> list[checkpoints.Run]:
     """One finished run a seed, of `train(args, seed)`. Of several --lr, the one with the best mean validation score over the seeds; test plays no part."""
     tried = []
     for lr in args.lr or [None]:
-        runs = [train(argparse.Namespace(**{**vars(args), "lr": lr}), seed) for seed in args.seeds or [args.seed]]
-        val = [r.result["val"][r.result["fusion"]] for r in runs]
-        score = sum(v.get("accuracy", v.get("f1_micro")) for v in val) / len(val)
-        tried.append((score, -sum(v["loss"] for v in val), lr, runs))
-    *_, lr, runs = max(tried, key=lambda t: t[:2])
+        tried.append((lr, [train(argparse.Namespace(**{**vars(args), "lr": lr}), seed) for seed in args.seeds or [args.seed]]))
+    lr, best = max(tried, key=lambda t: validation(t[1]))
     if len(tried) > 1:
-        print(f"\nlearning rate {lr:g}, best on validation: " + ", ".join(f"{lr:g} {100 * score:.1f}" for score, _, lr, _ in tried), end="")
-    return runs
+        print(f"\nlearning rate {lr:g}, best on validation: " + ", ".join(f"{lr:g} {100 * validation(runs)[0]:.1f}" for lr, runs in tried), end="")
+    return best
+
+
+def validation(runs: list[checkpoints.Run]) -> tuple[float, float]:
+    """What learning rates are compared by: the mean validation score of joint runs over seeds; of equals the lower loss."""
+    val = [r.result["val"][r.result["fusion"]] for r in runs]
+    return sum(v.get("accuracy", v.get("f1_micro")) for v in val) / len(val), -sum(v["loss"] for v in val)
 
 
 def of_modality(values: list[str], modality: str, default=None):
@@ -171,70 +176,139 @@ def peak_memory_mib(device: str) -> float:
 
 
 # ------------------------------------------------------------------------------------------------ the loop
+class Task(NamedTuple):
+    """One run to be: what was asked for, the data, and where the results go."""
+    args: argparse.Namespace
+    seed: int
+    folder: Path            # of the prepared data
+    info: dict              # its dataset.json
+    setting: dict           # of paper.py, for this data set
+    run: checkpoints.Run
+    split: Callable         # split("val") -> data.Split, opened when first asked for: before the end, nobody asks for "test"
+    state: dict             # how far training got, see `epochs`
+
+    @property
+    def modalities(self) -> list[str]:
+        return list(self.info["modalities"])
+
+
+def new_task(args, seed: int, folder: Path, info: dict, setting: dict, run: checkpoints.Run) -> Task:
+    return Task(args, seed, folder, info, setting, run, functools.cache(lambda name: data.Split(folder, name)), {})
+
+
+def loader(task: Task, models: torch.nn.ModuleDict) -> Callable:
+    """-> load(split, index, rng=None), the inputs of samples `index`, modality -> tensor on the device; with rng augmented."""
+    def load(split, index, rng=None):
+        return {m: data.model_input(task.split(split), m, index, models[m].encoder, task.args.device, task.setting, rng) for m in task.modalities if m in models}
+    return load
+
+
+class Epoch:
+    """One pass over the training samples `subset`: iterating gives batches, each a list of parts (x, y, share of the batch)."""
+
+    def __init__(self, task: Task, optimizer, number: int, load: Callable, subset: torch.Tensor, bar=None):
+        self.task, self.optimizer, self.number, self.load, self.subset, self.bar = task, optimizer, number, load, subset, bar
+        self.rng = data.epoch_rng(task.seed, number)      # from here on: all randomness of this epoch
+        self.seen, self.total, self.notes = 0, torch.zeros(2, device=task.args.device), {}                 # total: loss, right
+
+    def __iter__(self):
+        task, settings = self.task, self.task.run.settings
+        batches = [self.subset[index] for index in data.batches(len(self.subset), settings["batch_size"], self.rng)]
+        steps, schedule, history = settings["epochs"] * len(batches), task.setting["schedule"], task.state["history"]
+        if isinstance(self.optimizer, BertAdam) and schedule == "cosine":
+            schedule = "constant"                         # it anneals by itself
+        for step, batch in enumerate(batches, (self.number - 1) * len(batches)):
+            for group in self.optimizer.param_groups:
+                group["lr"] = settings["lr"] * lr_factor(schedule, step, steps, history)
+            x, y = self.load("train", batch, self.rng), task.split("train").labels[batch].to(task.args.device)
+            parts = torch.arange(len(batch)).split(task.args.micro_batch or len(batch))      # their gradients add up to the batch's own
+            yield [({m: v[i] for m, v in x.items()}, y[i], len(i) / len(batch)) for i in parts] if len(parts) > 1 else [(x, y, 1.0)]
+            if self.bar:
+                self.bar.update()
+                if step % 10 == 0:      # reading a number off a GPU makes the program wait for it; in between it can fetch the next batch
+                    loss, right = (self.total / self.seen).tolist()
+                    self.bar.set_postfix_str(f"loss {loss:.3f} train {100 * right:.1f} best val {100 * task.state['best'][0]:.1f}", refresh=False)
+
+    def count(self, loss: torch.Tensor, z: dict | torch.Tensor, y: torch.Tensor) -> None:
+        """For the log: the loss and the logits of one part of a batch, joint (B, C) or modality -> (B, C), which are averaged."""
+        self.seen += len(y)
+        self.total += torch.stack([loss.detach() * len(y), evaluate.count_right(z if isinstance(z, dict) else {"": z.detach()}, y)])
+
+    def note(self, **values) -> None:
+        """For the log: numbers of the method's own, averaged over the epoch's batches."""
+        for name, value in values.items():
+            self.notes.setdefault(name, []).append(float(value))
+
+
+def epochs(task: Task, models: torch.nn.ModuleDict, optimizer, judge: Callable, load: Callable, kept: Callable, subset: torch.Tensor | None = None):
+    """Yield one `Epoch` after another, from where a killed run stopped. Between two: validation, log, saving. At the end the best weights are back.
+
+    judge() -> (validation scores, key): the epoch with the greatest key is the best, the first of equals; epoch 0, before any step, is a
+    candidate. kept() -> the tensors worth storing. subset: the samples of train to use, all by default. What an epoch does depends on `models`,
+    the optimiser and the epoch's number alone, all of which are saved: a run that was killed goes on bit for bit as it would have.
+    """
+    run = task.run
+    subset = torch.arange(len(task.split("train"))) if subset is None else subset
+    steps = math.ceil(len(subset) / run.settings["batch_size"])                                                      # of one epoch
+    tensors, state = run.resume(optimizer)
+    if state:
+        models.load_state_dict(tensors, strict=False)
+    else:
+        now, best = judge()
+        run.log(dict(epoch=0, loss=None, val=now))
+        run.save_tensors("model.safetensors", kept())
+        state = dict(lines=1, best=best, best_epoch=0, history=[], seconds=0.0)
+    task.state.update(state)
+    with tqdm(total=run.settings["epochs"] * steps, initial=len(task.state["history"]) * steps, desc=f"{task.args.dataset}: {run.folder.name}",
+              unit="step", dynamic_ncols=True) as bar:
+        for number in range(task.state["lines"], run.settings["epochs"] + 1):
+            began = time.time()
+            models.train()                                # what is frozen stays in eval mode: see Encoder.train
+            epoch = Epoch(task, optimizer, number, load, subset, bar)
+            yield epoch
+            loss, right = (epoch.total / epoch.seen).tolist()
+            if not math.isfinite(loss):
+                raise ValueError(f"{run.folder}: training diverged, the loss of epoch {number} is {loss}; delete the folder and try a smaller --lr")
+            now, key = judge()
+            improved, seconds = key > task.state["best"], time.time() - began
+            task.state.update(lines=number + 1, best=max(key, task.state["best"]), best_epoch=number if improved else task.state["best_epoch"],
+                              history=task.state["history"] + [key[0]], seconds=task.state["seconds"] + seconds)
+            run.log(dict(epoch=number, loss=loss, train=right, val=now, seconds=seconds, samples_per_second=len(subset) / seconds,
+                         **{k: sum(v) / len(v) for k, v in epoch.notes.items()}))
+            run.save(kept(), optimizer, task.state, improved)
+    models.load_state_dict(run.tensors("model.safetensors"), strict=False)
+
+
 def fit(args, run: checkpoints.Run, models: torch.nn.ModuleDict, objective, info: dict, folder: Path, setting: dict,
         fusion: str = "prob", stored=None, optimizer: str = "adamw") -> dict:
     """Train what requires a gradient in `models` (modality -> UnimodalModel), keep the epoch with the best validation score.
 
     objective(x, y) -> (loss, logits) is the method: x and logits are dicts over the modalities. `stored()` gives the tensors worth keeping,
-    all of them by default. Epoch 0, before any step, is logged and is a candidate: for MMLoRA it is the uni-modal ensemble.
-    -> the state after the last epoch: `best_epoch`, `seconds`, `first` (the scores of epoch 0). The best weights are in the run's model.safetensors.
+    all of them by default. Epoch 0 is a candidate: for MMLoRA it is the uni-modal ensemble.
+    -> the state after the last epoch: `best_epoch`, `seconds`. The best weights are back in `models`, and in the run's model.safetensors.
     """
-    train, val = data.Split(folder, "train"), data.Split(folder, "val")
-    device, precision, stored = args.device, run.settings["precision"], stored or models.state_dict
-    epochs, batch_size, seed = (run.settings[k] for k in ("epochs", "batch_size", "seed"))
-    steps_per_epoch = math.ceil(len(train) / batch_size)
-    optimizer = make_optimizer(optimizer, models, run.settings["lr"], setting["weight_decay"], epochs * steps_per_epoch)
-    schedule = "constant" if isinstance(optimizer, BertAdam) and setting["schedule"] == "cosine" else setting["schedule"]      # it anneals by itself
-    trained = [m for m in models if any(p.requires_grad for p in models[m].parameters())]
-    logits = {m: evaluate.predict(models[m], val, m, device, setting, precision) for m in models}
+    task, settings, logits = new_task(args, run.settings["seed"], folder, info, setting, run), run.settings, {}
+    steps = settings["epochs"] * math.ceil(len(task.split("train")) / settings["batch_size"])
+    optimizer = make_optimizer(optimizer, models, settings["lr"], setting["weight_decay"], steps)
+    frozen = [m for m in models if not any(p.requires_grad for p in models[m].parameters())]
 
-    def judge():                                                            # validation scores, and the key that epochs are compared by
-        now = evaluate.all_scores(logits, val.labels, info)
+    def judge():
+        logits.update({m: evaluate.predict(models[m], task.split("val"), m, args.device, setting, settings["precision"])
+                       for m in models if m not in logits or m not in frozen})                         # what is frozen says the same every time
+        now = evaluate.all_scores(logits, task.split("val").labels, info)
         chosen = now[fusion if len(models) > 1 else next(iter(models))]
-        return now, [chosen[evaluate.metric(info)], -chosen["loss"]]        # equal accuracy: the lower loss
+        return now, [chosen[evaluate.metric(info)], -chosen["loss"]]                                   # equal accuracy: the lower loss
 
-    tensors, state = run.resume(optimizer)
-    if state:
-        models.load_state_dict(tensors, strict=False)
-    else:
-        first, best = judge()
-        run.log(dict(epoch=0, loss=None, val=first))
-        run.save_tensors("model.safetensors", stored())
-        state = dict(lines=1, best=best, best_epoch=0, history=[], seconds=0.0, first=first)
-    bar = tqdm(total=epochs * steps_per_epoch, initial=len(state["history"]) * steps_per_epoch, desc=f"{args.dataset}: {run.folder.name}", unit="step", dynamic_ncols=True)
-    for epoch in range(state["lines"], epochs + 1):
-        start, rng, seen, total = time.time(), data.epoch_rng(seed, epoch), 0, torch.zeros(2, device=device)      # total: loss, right
-        models.train()                                                      # what is frozen stays in eval mode: see Encoder.train
-        for step, index in enumerate(data.batches(len(train), batch_size, rng), (epoch - 1) * steps_per_epoch):
-            for group in optimizer.param_groups:
-                group["lr"] = run.settings["lr"] * lr_factor(schedule, step, epochs * steps_per_epoch, state["history"])
+    for epoch in epochs(task, models, optimizer, judge, loader(task, models), stored or models.state_dict):
+        for batch in epoch:
             optimizer.zero_grad()
-            x = {m: data.model_input(train, m, index, models[m].encoder, device, setting, rng) for m in models}
-            y = train.labels[index].to(device)
-            for part in torch.arange(len(index)).split(args.micro_batch or batch_size):      # the gradients of the parts add up to the batch's own
-                with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=precision == "bf16"):
-                    loss, z = objective({m: v[part] for m, v in x.items()} if args.micro_batch else x, y[part])
-                (loss * len(part) / len(index)).backward()
-                total += torch.stack([loss.detach() * len(part), evaluate.count_right(z, y[part])])
+            for x, y, share in batch:
+                with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=settings["precision"] == "bf16"):
+                    loss, z = objective(x, y)
+                (share * loss).backward()
+                epoch.count(loss, z, y)
             optimizer.step()
-            seen += len(index)
-            bar.update()
-            if step % 10 == 0:      # reading a number off a GPU makes the program wait for it; in between it can fetch the next batch
-                bar.set_postfix_str(f"loss {total[0] / seen:.3f} train {100 * total[1] / seen:.1f} best val {100 * state['best'][0]:.1f}", refresh=False)
-        mean_loss, share_right = (total / seen).tolist()
-        if not math.isfinite(mean_loss):
-            raise ValueError(f"{run.folder}: training diverged, the loss of epoch {epoch} is {mean_loss}; delete the folder and try a smaller --lr")
-        logits.update({m: evaluate.predict(models[m], val, m, device, setting, precision) for m in trained})     # the frozen ones' can't have changed
-        now, key = judge()
-        improved = key > state["best"]
-        seconds = time.time() - start
-        state = dict(lines=epoch + 1, best=max(key, state["best"]), best_epoch=epoch if improved else state["best_epoch"],
-                     history=state["history"] + [key[0]], seconds=state["seconds"] + seconds, first=state["first"])
-        run.log(dict(epoch=epoch, loss=mean_loss, train=share_right, val=now, seconds=seconds, samples_per_second=seen / seconds))
-        run.save(stored(), optimizer, state, improved)
-    bar.close()
-    models.load_state_dict(run.tensors("model.safetensors"), strict=False)
-    return state
+    return task.state
 
 
 # ------------------------------------------------------------------------------------------------ Eq. 1

@@ -17,44 +17,24 @@ Epochs, batch size, schedule and weight decay are those of uni-modal training, s
 Shapes: B batch, C classes, M modalities, D_m width of the feature h_m of modality m.
 """
 import argparse
-import functools
-import math
 import sys
-import time
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import checkpoints
-import data
 import evaluate
 import paper
 import train_unimodal
 from encoders import BERT, BUILD, AudioViT, ViT, padding_mask
 from lora import mean_prob_loss
+from train_unimodal import Epoch, Task, loader, new_task  # noqa: F401  Epoch is for the methods
 
 
 # ------------------------------------------------------------------------------------------------ before training
-class Task(NamedTuple):
-    """One run to be: what was asked for, the data, and where the results go."""
-    args: argparse.Namespace
-    seed: int
-    folder: Path            # of the prepared data
-    info: dict              # its dataset.json
-    setting: dict           # of paper.py, for this data set
-    run: checkpoints.Run
-    split: Callable         # split("val") -> data.Split, opened when first asked for: before `finish`, nobody asks for "test"
-    state: dict             # how far training got, see `epochs`
-
-    @property
-    def modalities(self) -> list[str]:
-        return list(self.info["modalities"])
-
-
 def arguments(doc: str) -> argparse.ArgumentParser:
     return train_unimodal.common_arguments(argparse.ArgumentParser(description=doc))
 
@@ -95,7 +75,7 @@ def start(args, seed: int, method: str, parser: argparse.ArgumentParser, *option
     words += [f"{m}-{encoders[m]}" for m in modalities if encoders[m] != default.get(m)]
     words += [f"lr{args.lr:g}"] if args.lr not in (None, lr) else []
     run = checkpoints.Run(Path(args.out) / args.dataset / f"{'-'.join(words)}-s{seed}", settings, info)
-    return Task(args, seed, folder, info, setting, run, functools.cache(lambda name: data.Split(folder, name)), {})
+    return new_task(args, seed, folder, info, setting, run)
 
 
 def encoders(task: Task) -> tuple[nn.ModuleDict, Callable]:
@@ -187,13 +167,6 @@ def cross_entropy(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return mean_prob_loss({"": z}, y)
 
 
-def loader(task: Task, models: nn.ModuleDict) -> Callable:
-    """-> load(split, index, rng=None), the inputs of samples `index`, modality -> tensor on the device; with rng augmented."""
-    def load(split, index, rng=None):
-        return {m: data.model_input(task.split(split), m, index, models[m].encoder, task.args.device, task.setting, rng) for m in task.modalities}
-    return load
-
-
 @torch.no_grad()
 def predict(task: Task, models: nn.ModuleDict, logits: Callable, load: Callable, split: str, index: torch.Tensor | None = None) -> dict:
     """`logits`, or any function of inputs with a dict of tensors, for a whole split or its samples `index`; float32 on the CPU."""
@@ -210,56 +183,15 @@ def scores(task: Task, z: dict, split: str) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------ the loop
-class Epoch:
-    """One pass over the training samples `subset`: iterating gives batches, each a list of parts (x, y, share of the batch)."""
-
-    def __init__(self, task: Task, optimizer, number: int, load: Callable, subset: torch.Tensor, bar=None):
-        self.task, self.optimizer, self.number, self.load, self.subset, self.bar = task, optimizer, number, load, subset, bar
-        self.rng = data.epoch_rng(task.seed, number)      # from here on: all randomness of this epoch
-        self.seen, self.loss, self.right, self.notes = 0, 0.0, 0.0, {}
-
-    def __iter__(self):
-        task, settings = self.task, self.task.run.settings
-        batches = [self.subset[index] for index in data.batches(len(self.subset), settings["batch_size"], self.rng)]
-        steps, schedule, history = settings["epochs"] * len(batches), task.setting["schedule"], task.state["history"]
-        for step, batch in enumerate(batches, (self.number - 1) * len(batches)):
-            for group in self.optimizer.param_groups:
-                group["lr"] = settings["lr"] * train_unimodal.lr_factor(schedule, step, steps, history)
-            x, y = self.load("train", batch, self.rng), task.split("train").labels[batch].to(task.args.device)
-            parts = torch.arange(len(batch)).split(task.args.micro_batch or len(batch))
-            yield [({m: v[i] for m, v in x.items()}, y[i], len(i) / len(batch)) for i in parts]
-            if self.bar:
-                self.bar.update()
-                told = f"loss {self.loss / self.seen:.3f} train {100 * self.right / self.seen:.1f} best val {100 * task.state['best'][0]:.1f}"
-                self.bar.set_postfix_str(told, refresh=False)
-
-    def count(self, loss: torch.Tensor, z: torch.Tensor, y: torch.Tensor) -> None:
-        """For the log: the loss and the joint logits of one part of a batch."""
-        self.seen, self.loss = self.seen + len(y), self.loss + loss.item() * len(y)
-        self.right += float(evaluate.count_right({"": z.detach()}, y))
-
-    def note(self, **values) -> None:
-        """For the log: numbers of the method's own, averaged over the epoch's batches."""
-        for name, value in values.items():
-            self.notes.setdefault(name, []).append(float(value))
-
-
 def optimizer_for(task: Task, models: nn.Module) -> torch.optim.Optimizer:
     """AdamW, as Sec. 4.1.2 of the paper has it for joint training."""
     return train_unimodal.make_optimizer("adamw", models, task.run.settings["lr"], task.setting["weight_decay"], 0)
 
 
 def epochs(task: Task, models: nn.ModuleDict, optimizer, logits: Callable, load: Callable, subset: torch.Tensor | None = None):
-    """Yield one `Epoch` after another, from where a killed run stopped. Between two: validation, log, saving. At the end the best weights are back.
-
-    The best epoch has the highest validation score of the joint prediction, among equals the lowest loss; epoch 0, before any step, is a
-    candidate. What an epoch does depends on `models`, the optimiser and the epoch's number alone, all of which
-    are saved: a run that was killed goes on bit for bit as it would have.
-    """
-    run, metric, trained = task.run, evaluate.metric(task.info), {id(p) for group in optimizer.param_groups for p in group["params"]}
+    """`train_unimodal.epochs`, where the best epoch is the one whose joint prediction has the highest validation score, among equals the lowest loss."""
+    metric, trained = evaluate.metric(task.info), {id(p) for group in optimizer.param_groups for p in group["params"]}
     frozen = {name for name, p in models.named_parameters() if id(p) not in trained}       # never changes, so it need not be written every epoch
-    subset = torch.arange(len(task.split("train"))) if subset is None else subset
-    steps = math.ceil(len(subset) / run.settings["batch_size"])                                                      # of one epoch
 
     def kept():     # heads may be one module in several places, but a file wants one memory for each tensor
         return {k: v.clone() if ".head." in k else v for k, v in models.state_dict().items() if k not in frozen}
@@ -268,32 +200,7 @@ def epochs(task: Task, models: nn.ModuleDict, optimizer, logits: Callable, load:
         now = scores(task, predict(task, models, logits, load, "val"), "val")
         return now, [now["joint"][metric], -now["joint"]["loss"]]
 
-    tensors, state = run.resume(optimizer)
-    if state:
-        models.load_state_dict(tensors, strict=False)
-    else:
-        now, best = judge()
-        run.log(dict(epoch=0, loss=None, val=now))
-        run.save_tensors("model.safetensors", kept())
-        state = dict(lines=1, best=best, best_epoch=0, history=[], seconds=0.0)
-    task.state.update(state)
-    with tqdm(total=run.settings["epochs"] * steps, initial=len(task.state["history"]) * steps, desc=f"{task.args.dataset}: {run.folder.name}",
-              unit="step", dynamic_ncols=True) as bar:
-        for number in range(task.state["lines"], run.settings["epochs"] + 1):
-            began = time.time()
-            models.train()                                # what is frozen stays in eval mode: see Encoder.train
-            epoch = Epoch(task, optimizer, number, load, subset, bar)
-            yield epoch
-            if not math.isfinite(epoch.loss):
-                raise ValueError(f"{run.folder}: training diverged, the loss of epoch {number} is {epoch.loss}; delete the folder and try a smaller --lr")
-            now, key = judge()
-            improved, seconds = key > task.state["best"], time.time() - began
-            task.state.update(lines=number + 1, best=max(key, task.state["best"]), best_epoch=number if improved else task.state["best_epoch"],
-                              history=task.state["history"] + [key[0]], seconds=task.state["seconds"] + seconds)
-            run.log(dict(epoch=number, loss=epoch.loss / epoch.seen, train=epoch.right / epoch.seen, val=now, seconds=seconds,
-                         samples_per_second=len(subset) / seconds, **{k: sum(v) / len(v) for k, v in epoch.notes.items()}))
-            run.save(kept(), optimizer, task.state, improved)
-    models.load_state_dict(run.tensors("model.safetensors"), strict=False)
+    return train_unimodal.epochs(task, models, optimizer, judge, load, kept, subset)
 
 
 def finish(task: Task, models: nn.ModuleDict, logits: Callable, load: Callable) -> checkpoints.Run:

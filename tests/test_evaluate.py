@@ -113,9 +113,12 @@ def test_missing_beside_full_and_dropped(rule, chain, capsys):
     dropped = rows(capsys.readouterr().out)
     call(evaluate, "--run", JOINT, "--fusion", rule, "--drop", "audio", "--missing", 0, 0.5, 1)
     swept = rows(capsys.readouterr().out)
-    assert dropped == {"visual alone": full["visual alone"]} and full.items() <= swept.items()
-    assert swept["audio missing in 0 %"] == full[f"together, fusion {rule}"] != swept["audio missing in 100 %"] == full["visual alone"]
-    assert "audio missing in 50 %" in swept
+    assert dropped == {name: full[name] for name in ("visual alone", "visual alone (UMFT)")} and full.items() <= swept.items()
+    for name, alone in (("UME", "visual alone (UMFT)"), ("together", "visual alone")):
+        assert swept[f"{name}, audio missing in 0 %"] == full[f"{name}, fusion {rule}"] != swept[f"{name}, audio missing in 100 %"] == full[alone]
+        assert f"{name}, audio missing in 50 %" in swept
+    ume = json.loads(Path(JOINT, "result.json").read_text())["ume"]["test"]       # what the run says it started from
+    assert rule == "entropy" or full[f"UME, fusion {rule}"] == round(100 * ume[rule]["accuracy"], 1)
 
 
 def test_runs_that_differ_in_the_seed_are_averaged(chain, capsys):
@@ -125,7 +128,7 @@ def test_runs_that_differ_in_the_seed_are_averaged(chain, capsys):
     each = [rows(text) for text in single]
     for label, value in rows(mean).items():
         assert value == pytest.approx((each[0][label] + each[1][label]) / 2, abs=0.1)
-    assert rows(mean).keys() == each[0].keys() == {"audio alone", "visual alone", "together, fusion prob"}
+    assert rows(mean).keys() == each[0].keys() == {"audio alone (UMFT)", "visual alone (UMFT)", "UME, fusion prob", "audio alone", "visual alone", "together, fusion prob"}
 
 
 # ------------------------------------------------------------------------------------------------ linear evaluation
@@ -312,10 +315,11 @@ def test_export_of_a_flow_network(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------ bad input
 @pytest.mark.parametrize("words, told", [
     ("", "give one of"), ("--table 5 --run x", "give one of"), ("--probe --dataset toy", "--modality NAME"), ("--run nowhere", "nowhere holds no finished run"),
-    ("--table 5 --dataset ave", "toy, toy_noisy"), ("--table 11 --dataset toy", "1, 3, 4, 5, 8, 9, 10, 13"), ("--run x --fill", "--fill goes with --table"), ("--export out", "--export takes one --run"), ("--run a b --export out", "--export takes one --run"),
+    ("--table 5 --dataset ave", "toy, toy_noisy"), ("--table 11 --dataset toy", "1, 3, 4, 5, 8, 9, 10, 13"), ("--run x --fill", "--fill goes with --table"),
+    ("--export out", "--export takes one --run"), ("--run a b --export out", "--export takes one --run"),
     (f"--run {JOINT} --missing 0.7", "--missing needs --drop"), (f"--run {JOINT} --drop audio --missing 70", "0.7 = 70 %"),
     (f"--run {JOINT} --drop text", "has audio, visual"), (f"--run {JOINT} --drop audio visual --missing 0.5", "leaves no modality"),
-    (f"--run {JOINT} --probe --modality text", "has audio, visual"), (f"--probe --dataset toy --modality audio --pretrained gone.pth", "no checkpoint at gone.pth"),
+    (f"--run {JOINT} --probe --modality text", "has audio, visual"), ("--probe --dataset toy --modality audio --pretrained gone.pth", "no checkpoint at gone.pth"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(words, told, trained, monkeypatch):
     monkeypatch.chdir(trained)

@@ -140,8 +140,8 @@ def test_umft_lr(dataset, encoder, modality, rate):
 def test_joint_lr(dataset, large, backbones):
     encoders, small = paper.encoders_for(dataset), paper.BACKBONES[paper.settings_for(dataset)["family"]]
     assert paper.joint_lr(dataset, encoders) == large and paper.joint_lr(dataset, small) == backbones
-    for tune in ("full", "joint"):
-        assert paper.joint_lr(dataset, encoders, tune) == paper.joint_lr(dataset, small, tune) == 1e-5
+    assert paper.joint_lr(dataset, encoders, "full") == paper.joint_lr(dataset, small, "full") == paper.joint_lr(dataset, encoders, "joint") == 1e-5
+    assert paper.joint_lr(dataset, small, "joint") == paper.umft_lr(dataset, small["visual"], "visual")     # as one of its ResNets alone
     assert paper.joint_lr("toy", paper.encoders_for("toy")) == paper.TOY_LR["lora"] != large
     assert paper.joint_lr("my_data", {"visual": "vit_small", "text": "bert_small"}, "full") == paper.TOY_LR["full"]
 

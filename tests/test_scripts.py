@@ -594,9 +594,10 @@ def test_evaluate_reproduces_the_stored_scores(base, copied, root, monkeypatch):
     call("train_joint.py", *SMALL, "--no-umft", "--rank", 2, "--lora", "visual", out=copied, root=root)
     call("train_joint.py", *SMALL, "--lora", "visual", out=copied, root=root)
     for run in sorted((copied / "toy").iterdir()):
-        test, seen = result(copied, run)["test"], evaluated(run, monkeypatch=monkeypatch, root=root)
-        assert len(seen) == (1 if run.name.startswith("unimodal") else 3)
-        for label, scores in seen.items():     # "audio alone", "together, fusion prob"
+        done, seen = result(copied, run), evaluated(run, monkeypatch=monkeypatch, root=root)
+        assert len(seen) == (1 if run.name.startswith("unimodal") else 3 if run.name.startswith("no-umft") else 6)
+        for label, scores in seen.items():     # "audio alone", "audio alone (UMFT)", "UME, fusion prob", "together, fusion prob"
+            test = done["ume"]["test"] if "UM" in label else done["test"]
             assert scores == test[label.split()[0] if "alone" in label else label.split()[-1]]
     seen = evaluated(base.run, "--fusion", "logits", monkeypatch=monkeypatch, root=root)
     assert seen["together, fusion logits"] == base.result["test"]["logits"]
@@ -610,7 +611,7 @@ def test_evaluate_averages_as_the_run_did(copied, root, monkeypatch):
 
 def test_evaluate_without_a_modality_and_by_entropy(base, root, monkeypatch):
     seen = evaluated(base.run, "--drop", "audio", monkeypatch=monkeypatch, root=root)
-    assert seen == {"visual alone": base.result["test"]["visual"]}
+    assert seen == {"visual alone (UMFT)": base.result["ume"]["test"]["visual"], "visual alone": base.result["test"]["visual"]}
     z, labels = tensors(base.out, MMLORA, "logits"), np.load(root / "toy-s0/test/labels.npy")
     fused = []
     for i in range(len(labels)):     # a sure modality counts more, sample by sample
