@@ -18,7 +18,6 @@ import math
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -307,73 +306,6 @@ def score_rows(args, folder, where, info, settings, models) -> list:
     return rows
 
 
-# ------------------------------------------------------------------------------------------------ one clip
-def read_clip(files: list[str], text: str | None, tokenizer: list[str] | None, info: dict) -> tuple[data.Split, dict]:
-    """One recording, prepared as its data set was -> (a split of one sample, modality -> what it was read from).
-
-    files: "talk.mp4" serves picture and sound, "audio=talk.wav" one modality; flow, a folder, must be named. Modalities that are not given are
-    left out. Raises ValueError in one line where something cannot be read.
-    """
-    from prepare import media             # ffmpeg and image decoding are needed here alone
-    kinds, shapes = info["modalities"], info["shapes"]
-    named = dict(f.split("=", 1) for f in files if f.split("=")[0] in kinds)
-    plain = [f for f in files if f.split("=")[0] not in kinds]
-    if len(plain) > 1:
-        raise ValueError(f"--clip {' '.join(plain)}: one file for picture and sound; for one each say {' '.join(f'{m}={f}' for m, f in zip(kinds, plain))}")
-    usual = {"frames": plain, "image": plain, "audio": plain, "text": [text] if text is not None else [], "flow": []}
-    source = {m: Path(named[m]) if m in named else text if kind == "text" else Path(plain[0]) for m, kind in kinds.items() if m in named or usual[kind]}
-    if not source:
-        raise ValueError(f"nothing to look at: the run knows {', '.join(kinds)}; give --clip FILE, --clip MODALITY=FILE or --text TEXT")
-    shape = {kind: shapes[m] for m, kind in kinds.items()}          # the options of prepare, read off the arrays it made
-    pictures = next((shape[k] for k in ("frames", "image", "flow") if k in shape), [0])
-    options = SimpleNamespace(frames=pictures[0], size=pictures[-1], clips=shape.get("audio", [0])[0], max_length=shape.get("text", [0])[0],
-                              stacks=shape.get("flow", [0])[0], flow_length=shape.get("flow", [0, 0])[1] // 2, tokenizer=tokenizer)
-    tokens = None
-    if any(kinds[m] == "text" for m in source):
-        tokens = media.tokenizer(options, dict(wordpiece="bert_vocab", byte_bpe="deberta_vocab")[info["tokenizer"]["kind"]])
-        if tokens.fingerprint != info["tokenizer"]["fingerprint"]:
-            raise ValueError(f"{info['name']} was prepared with another vocabulary than this one: name its files, --tokenizer FILE")
-    row = {}
-    for m in source:
-        try:
-            row |= media.read_item(media.Item("clip", "", {m: source[m]}), {m: kinds[m]}, options, tokens)
-        except (ValueError, OSError, RuntimeError) as error:
-            rest = " ".join(f"{other}={source[other]}" for other in source if other != m and kinds[other] != "text")
-            raise ValueError(f"{m}: {error}" + (f"; without {m}: --clip {rest}" if rest else "")) from None
-    return data.Split.of_one(kinds, row), source
-
-
-def show_clip(folder: Path, args) -> None:
-    """Print the likeliest classes of one recording side by side: each modality alone, UME, and what the run made of it. No data set is needed."""
-    import train_joint        # not above: it imports this file
-    if not (folder / "result.json").exists():
-        raise ValueError(f"{folder} holds no finished run (no result.json)")
-    config = checkpoints.read_json(folder / "config.json")
-    settings, info = config["settings"], config.get("data")
-    if settings["method"] != "unimodal" and settings["method"] not in train_joint.METHODS:
-        raise ValueError(f"{folder} is a run of baselines/{settings['method']}.py, which alone can predict with it")
-    if not info or info["name"] in data.WORLDS:
-        raise ValueError(f"{folder} learnt {settings['dataset']}, " + ("which no recording looks or sounds like: --clip needs a run on real data" if info else "and does not say how that was prepared"))
-    split, source = read_clip(args.clip, args.text, args.tokenizer, info)
-    settings, models = checkpoints.load_run(folder, info)
-    alone = {m: checkpoints.load_run(folder.parent / base["run"], info)[1][m] for m, base in settings.get("unimodal", {}).items()}
-
-    def probabilities(models, fusion="prob"):
-        z = {m: predict(models[m].to(args.device), split, m, args.device, paper.settings_for(settings["dataset"]), settings["precision"]) for m in models if m in source}
-        return {**{m: fuse({m: z[m]}, multilabel=info["multilabel"])[0] for m in z}, "all": fuse(z, fusion, info["multilabel"])[0]}
-
-    before, after = probabilities(alone) if alone else {}, probabilities(models, args.fusion or settings.get("fusion", "prob"))
-    columns = {f"{m} alone": p for m, p in (before or after).items() if m != "all"}
-    columns.update({"UME": before["all"]} if before else {})
-    columns.update({train_joint.METHODS[settings["method"]]: after["all"]} if settings["method"] != "unimodal" else {})
-    cells = {name: [f"{info['classes'][c]} {100 * p[c]:5.1f}" for c in p.argsort(descending=True)[:5]] for name, p in columns.items()}
-    widths = {name: max(map(len, [name, *cells[name]])) + 3 for name in cells}
-    print(f"\n{folder}: " + ", ".join(f"{m} of {s}" if isinstance(s, Path) else f"{m} {s!r}" for m, s in source.items())
-          + "".join(f"; no {m}" for m in models if m not in source) + ". Likeliest classes, in %:\n")
-    for line in zip(*([name, *cells[name]] for name in cells)):
-        print("".join(f"{text:>{width}}" for text, width in zip(line, widths.values())))
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = parser.add_argument
@@ -404,8 +336,9 @@ def main():
         import_pyplot()
     check_device(args.device)
     if args.run and (args.clip or args.text is not None):
+        import one_clip        # not above: it imports this file
         for folder in args.run:
-            show_clip(folder, args)
+            one_clip.show(folder, args)
         return
     if args.export and len(args.run or ()) != 1:
         raise ValueError("--export takes one --run")

@@ -191,21 +191,22 @@ def toys(tmp_path_factory):
     return folder
 
 
+def in_this_process(words, env=None, _run=subprocess.run, **options):
+    """For `subprocess.run`, where that starts one of our scripts: torch takes seconds to import."""
+    if words[0] != sys.executable:
+        return _run(words, env=env, **options)
+    assert env["PYTHONPATH"].startswith(str(ROOT))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", words[2:] if words[1] == "-m" else words[1:])
+        runpy.run_module(words[2], run_name="__main__") if words[1] == "-m" else runpy.run_path(words[1], run_name="__main__")
+    return SimpleNamespace(returncode=0)
+
+
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
 def test_fill_runs_what_is_missing_and_no_more(toys, monkeypatch, capfd):
     """Every table that can be asked of a toy, from nothing: each cell ends up with both seeds, and holds what the runs of its method say."""
-    real = subprocess.run
-
-    def program(words, env=None, **options):       # in this process: torch takes seconds to import
-        if not env:
-            return real(words, **options)          # git, that is
-        assert words[0] == sys.executable and env["PYTHONPATH"].startswith(str(ROOT))
-        monkeypatch.setattr(sys, "argv", words[2:] if words[1] == "-m" else words[1:])
-        (lambda w: runpy.run_module(w[2], run_name="__main__") if w[1] == "-m" else runpy.run_path(w[1], run_name="__main__"))(words)
-        return SimpleNamespace(returncode=0)
-
     monkeypatch.chdir(toys)
-    monkeypatch.setattr(paper_tables.subprocess, "run", program)
+    monkeypatch.setattr(subprocess, "run", in_this_process)
     tiny, shown = ["--epochs", 1], {}
     for number in (10, 9, 13, 5, 8, 4, 3):
         words = ["--table", number, "--dataset", "toy", "--device", "cpu", "--seeds", 0, 1, "--fill", *tiny]
