@@ -11,7 +11,6 @@ Uni-modal models that are missing are trained first (step 1, `train_unimodal.py`
 the adapted models are the uni-modal ones, so validation can only choose to stay there or to improve. Test is used once, at the end.
 """
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -78,7 +77,7 @@ def train(args, seed: int) -> checkpoints.Run:
         if args.separate_losses:
             return sum(mean_prob_loss({m: z[m]}, y) for m in z) / len(z), z   # Eq. 1 once more: nobody learns what the other one knows
         if args.fusion == "logits":
-            return mean_prob_loss(mean_logits(z), y), z
+            z = mean_logits(z)
         return mean_prob_loss(z, y), z                                        # -log (1/M) sum_m P_m(y|x)
 
     stored = (lambda: lora_state_dict(models)) if method in ("mmlora", "separate") else None     # A and B are all that the uni-modal runs lack
@@ -150,9 +149,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except torch.OutOfMemoryError:
-        sys.exit("error: the batch does not fit into the GPU's memory; --micro-batch 16, say, gives the same gradients piece by piece")
+    train_unimodal.run(main)

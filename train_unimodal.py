@@ -383,6 +383,16 @@ def final_scores(args, run, models, info, folder, setting) -> dict:
     return out
 
 
+def run(main: Callable) -> None:
+    """main(), where what is wrong with the input is told in one line, with exit code 1."""
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: the batch does not fit into the GPU's memory; --micro-batch 16, say, gives the same gradients piece by piece")
+
+
 def main():
     parser = common_arguments(argparse.ArgumentParser(description=__doc__))
     parser.add_argument("--modality", required=True, help="audio, visual, text or flow")
@@ -397,9 +407,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except torch.OutOfMemoryError:
-        sys.exit("error: the batch does not fit into the GPU's memory; --micro-batch 16, say, gives the same gradients piece by piece")
+    run(main)

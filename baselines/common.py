@@ -17,7 +17,6 @@ Epochs, batch size, schedule and weight decay are those of uni-modal training, s
 Shapes: B batch, C classes, M modalities, D_m width of the feature h_m of modality m.
 """
 import argparse
-import sys
 from pathlib import Path
 from typing import Callable
 
@@ -228,12 +227,13 @@ def finish(task: Task, models: nn.ModuleDict, logits: Callable, load: Callable) 
 def main(parser: argparse.ArgumentParser, train: Callable, title: Callable | str) -> None:
     """The command line of a method: one run for each seed, then the table of them all. What is wrong with the input is told in one line."""
     args = parser.parse_args()
-    try:
+
+    def show():
         runs = train_unimodal.tuned(args, train)
         rows = [((title if isinstance(title, str) else title(args)) if name == "joint" else f"    {name} alone",
                  [(r.result["test"][name], r.result) for r in runs]) for name in runs[0].result["test"]]
         evaluate.print_table(rows, *train_unimodal.open_data(args, runs[0].settings["seed"]))
         for run in runs if args.plot else ():
             evaluate.plot(run.folder)
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+
+    train_unimodal.run(show)
