@@ -47,8 +47,8 @@ def tiny(command):
         words += ["--epochs", "1", "--device", "cpu"]
     if words[0] == "train_joint.py" or "--freeze" in words:
         words += ["--umft-epochs", "1"]
-    if "--lr" in words:                                                     # one of the three will do, but for the first command
-        words += ["--lr", *words[words.index("--lr") + 1:][:3 if words[0] == "train_joint.py" else 1]]
+    if "--lr" in words:                                                     # one of them will do, but for joint training
+        words += ["--lr", *words[words.index("--lr") + 1:][:2 if words[0] == "train_joint.py" else 1]]
     if "--fill" in words:
         return [*words[:words.index("--fill")], "--seeds", "0", "1", "--fill", "--epochs", "1"]
     if "--seeds" in words:
