@@ -6,7 +6,7 @@
     python evaluate.py --run runs/toy/mmlora-all-r1-s0 --drop audio --missing 0 0.3 0.7 1      # as if some could not be heard
     python evaluate.py --run runs/toy/mmlora-all-r1-s0 --probe                      # linear evaluation of its encoders (Tables 3, 8)
     python evaluate.py --probe --dataset ave --modality visual                      # of a pre-trained encoder (Table 4)
-    python evaluate.py --run runs/ave/mmlora-all-r1-s0 --clip talk.mp4               # one recording, every model's opinion of it
+    python evaluate.py --run runs/ave/mmlora-all-r1-s0 --clip talk.mp4              # one recording, every model's opinion of it
     python evaluate.py --run runs/ave/mmlora-all-r1-s0 --export exported            # LoRA merged, in the files' public layouts
     python evaluate.py --table 5                                                    # what of it was run, and how to run the rest: paper_tables.py
 
