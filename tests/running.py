@@ -1,0 +1,84 @@
+"""The scripts as their users run them, on toys small enough for a test: what test_scripts.py and test_resume.py share.
+
+Most tests run a script in this process (`call`), its command line, `__main__` block and all; where the process itself matters (exit code,
+SIGKILL) it is a real one (`process`).
+"""
+import contextlib
+import io
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+SMALL = "--umft-epochs 15 --epochs 4 --batch-size 16".split()     # of `base`, the run that most tests start from
+UNIMODAL = "--epochs 15 --batch-size 16".split()                  # its uni-modal runs, on their own command line
+MMLORA = "toy/mmlora-all-r1-s0"
+
+
+def call(script, *words, out=None, root=None):
+    """Run a script as `python script words` does; -> what it printed."""
+    words = [*map(str, words), *(("--out", str(out)) if out else ()), *(("--data-root", str(root)) if root else ())]
+    before, printed = sys.argv, io.StringIO()
+    sys.argv = [script, *words]
+    try:
+        with contextlib.redirect_stdout(printed):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    finally:
+        sys.argv = before
+    return printed.getvalue()
+
+
+def error(script, *words, **where):
+    """The one line that a script ends with."""
+    with pytest.raises(SystemExit) as exit:
+        call(script, *words, **where)
+    assert isinstance(exit.value.code, str) and exit.value.code.startswith("error: ") and "\n" not in exit.value.code, exit.value.code
+    return exit.value.code
+
+
+def process(script, *words, out, root):
+    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, words), "--out", str(out), "--data-root", str(root)],
+                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
+
+
+def result(out, run):
+    return json.loads((out / run / "result.json").read_text())
+
+
+def log_of(out, run):
+    return [json.loads(line) for line in (out / run / "log.jsonl").read_text().splitlines()]
+
+
+def tensors(out, run, name="model"):
+    return load_file(out / run / f"{name}.safetensors")
+
+
+def timeless(value):
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "samples_per_second", "peak_memory_mib")}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+def everything(out):
+    """All that a folder of runs says, but for how long it took: file -> bytes or parsed JSON."""
+    read = {".safetensors": lambda f: f.read_bytes(),
+            ".jsonl": lambda f: timeless([json.loads(line) for line in f.read_text().splitlines()]),
+            ".json": lambda f: timeless(json.loads(f.read_text()).get("settings") or json.loads(f.read_text()))}     # config or result
+    return {str(f.relative_to(out)): read[f.suffix](f) for f in sorted(out.rglob("[!.]*")) if f.is_file()}
+
+
+def table(printed):
+    """Row label -> the words after it, of a closing table."""
+    lines = [re.split(r"  +", line.strip()) for line in printed.splitlines() if re.search(r"\d\.\d", line) and "samples" not in line]
+    return {label: cells for label, *cells in lines}
+
+
+def accuracy(p, labels):
+    return sum(int(row.argmax()) == int(y) for row, y in zip(p, labels)) / len(labels)
