@@ -61,13 +61,14 @@ def matches(cell: paper.Cell, out: Path) -> list[Path]:
     return max(rates.values(), key=lambda folders: (len(folders), validation(folders)), default=[])
 
 
-def validation(folders: list[Path]) -> float:
-    """Mean validation score of finished runs, 0 where nothing was measured."""
-    scores = []
+def validation(folders: list[Path]) -> tuple[float, float]:
+    """Mean validation score of finished runs, 0 where nothing was measured; of equals the lower loss counts more, as in `train_unimodal.validation`."""
+    scores, losses = [], []
     for result in (checkpoints.read_json(f / "result.json") for f in folders if (f / "result.json").exists()):
         val = result.get("val", {}).get(result.get("fusion") or result.get("modality"), {})
         scores.append(val.get("accuracy", val.get("f1_micro", 0)))
-    return sum(scores) / max(1, len(scores))
+        losses.append(val.get("loss", 0))
+    return sum(scores) / max(1, len(scores)), -sum(losses)
 
 
 def numbers(cell: paper.Cell, folders: list[Path]) -> dict[int, tuple]:
