@@ -29,15 +29,9 @@ import math
 
 import torch
 
-from baselines import common
-
-
-def arguments():
-    parser = common.arguments(__doc__)
-    a = parser.add_argument
-    a("--super-epoch", type=int, default=10, help="epochs between two estimates of the weights")
-    a("--held-out", type=float, default=0.1, help="share of train that only measures generalisation")
-    return parser
+import data
+from baselines import parts
+from harness import arguments, metrics, optim, runs
 
 
 def blend_weights(train_before, train_after, held_before, held_after) -> torch.Tensor:
@@ -48,72 +42,135 @@ def blend_weights(train_before, train_after, held_before, held_after) -> torch.T
     return weights / weights.sum() if weights.sum() > 0 else torch.full_like(weights, 1 / len(weights))
 
 
-def train(args, seed):
+def train(args, seed: int) -> runs.Run:
     if not 0 < args.held_out < 1:
-        raise ValueError(f"--held-out {args.held_out}: a share of the training samples, between 0 and 1")
-    task = common.start(args, seed, "g_blending", arguments(), "super_epoch", "held_out")
-    if task.run.result:
-        return task.run
-    models, load = common.encoders(task)
+        raise ValueError(f"--held-out {args.held_out}: a share of the training samples, between 0"
+                         " and 1")
+    folder, info = arguments.open_data(args, seed)
+    settings = arguments.joint_settings(args, seed, info, "g_blending", options=OPTIONS)
+    run = runs.Run(args, arguments.run_name(args, settings), settings, folder, info, __file__)
+    if run.finished:
+        return run
+
+    # ---- Data ----
+    train_split, val_split = data.Split(folder, "train"), data.Split(folder, "val")
+    samples, size = len(train_split), math.ceil(args.held_out * len(train_split))
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
+    held, kept = order.split([size, samples - size])
+    steps_per_epoch = math.ceil(len(kept) / settings["batch_size"])
+    steps = settings["epochs"] * steps_per_epoch
+
+    # ---- Models: pre-trained encoders, a head each, the joint head ----
+    models = parts.pretrained_encoders(settings, info)
     torch.manual_seed(seed)
-    classes, heads = len(task.info["classes"]), ["joint", *task.modalities]
-    joint = common.ConcatHead(models, classes)
-    for m in task.modalities:
+    classes, heads = len(info["classes"]), ["joint", *settings["encoders"]]
+    joint = parts.ConcatHead(models, classes)
+    for m in settings["encoders"]:
         models[m].head = torch.nn.Linear(models[m].encoder.width, classes)
     models["joint"], models["blend"] = joint, torch.nn.Module()
-    models["blend"].register_buffer("w", torch.full((len(heads),), 1 / len(heads)))        # a buffer, so that a resumed run has it
+    # A buffer, so that a resumed run has it.
+    models["blend"].register_buffer("w", torch.full((len(heads),), 1 / len(heads)))
     models.to(args.device)
-    optimizer = common.optimizer_for(task, models)
-    samples, size = len(task.split("train")), math.ceil(args.held_out * len(task.split("train")))
-    held, kept = torch.randperm(samples, generator=torch.Generator().manual_seed(seed)).split([size, samples - size])
 
-    def logits(x, models=models):
-        """Of the modalities in x; the joint head's, too, if x has them all."""
-        h = common.features(task, models, x)
+    # ---- Optimiser ----
+    optimizer = optim.make_optimizer("adamw", models, settings["lr"], settings["weight_decay"])
+
+    def forward(x, models=models):        # of the modalities in x; the joint head needs them all
+        h = parts.features(models, x, args.device, settings)
         z = {m: models[m].head(h[m]) for m in h}
-        return {"joint": models["joint"](h), **z} if len(h) == len(task.modalities) else z
+        if len(h) == len(settings["encoders"]):
+            z = {"joint": models["joint"](h), **z}
+        return z
+
+    def predict(split):
+        return metrics.predict(forward, models, split, args.device, settings)
 
     def losses(model, index):
-        """Of every head, (K,): mean over the samples `index` of train."""
-        z, y = common.predict(task, model, lambda x: logits(x, model), load, "train", index), task.split("train").labels[index]
-        return torch.stack([common.cross_entropy(z[head], y) for head in heads])
+        """Of every head, (K,): the mean over the samples `index` of train."""
+        def of_model(x):
+            return forward(x, model)
+        z = metrics.predict(of_model, model, train_split, args.device, settings, index)
+        y = train_split.labels[index]
+        return torch.stack([metrics.cross_entropy(z[head], y) for head in heads])
+
+    def train_copy(head, first):
+        """A copy of the models, trained on one loss alone for the super-epoch to come."""
+        model = copy.deepcopy(models).train()
+        optimizer = optim.make_optimizer("adamw", model, settings["lr"], settings["weight_decay"])
+        last = min(first + args.super_epoch - 1, settings["epochs"])
+        for epoch in range(first, last + 1):
+            rng = data.epoch_rng(seed, epoch)
+            batches = data.batches(len(kept), settings["batch_size"], rng)
+            for step, index in enumerate(batches, (epoch - 1) * steps_per_epoch):
+                optim.set_lr(optimizer, settings, step, steps, run.history)
+                batch = data.inputs(train_split, kept[index], model, args.device, settings, rng)
+                optimizer.zero_grad()
+                for x, y, share in data.parts(batch, args.micro_batch):
+                    if head != "joint":                       # the other encoders stay as they are
+                        x = {head: x[head]}
+                    loss = metrics.cross_entropy(forward(x, model)[head], y)
+                    (share * loss).backward()
+                optimizer.step()
+        return model
 
     def estimate(epoch):
-        """Train K copies apart for the super-epoch to come; -> w (K,)."""
-        before, after = [losses(models, index) for index in (kept, held)], []
+        """-> w (K,), from K copies, each trained apart."""
+        train_before, held_before = losses(models, kept), losses(models, held)
+        train_after, held_after = torch.zeros(len(heads)), torch.zeros(len(heads))
         for k, head in enumerate(heads):
-            model = copy.deepcopy(models).train()
-            optimizer = common.optimizer_for(task, model)
-            for number in range(epoch.number, min(epoch.number + args.super_epoch, task.run.settings["epochs"] + 1)):
-                for batch in common.Epoch(task, optimizer, number, load, kept):
-                    optimizer.zero_grad()
-                    for x, y, share in batch:
-                        x = x if head == "joint" else {head: x[head]}                      # an encoder without gradient stays as it is
-                        (share * common.cross_entropy(logits(x, model)[head], y)).backward()
-                    optimizer.step()
-            after.append([losses(model, index)[k] for index in (kept, held)])
-        train_after, held_after = torch.tensor(after).T
-        return blend_weights(before[0], train_after, before[1], held_after)
+            model = train_copy(head, epoch)
+            train_after[k], held_after[k] = losses(model, kept)[k], losses(model, held)[k]
+        return blend_weights(train_before, train_after, held_before, held_after)
 
-    for epoch in common.epochs(task, models, optimizer, logits, load, subset=kept):
-        if (epoch.number - 1) % args.super_epoch == 0:
+    # ---- Training ----
+    first_epoch = run.resume(models, optimizer)               # 0 for a new run
+    if first_epoch == 0:
+        run.end_of_epoch(0, predict(val_split), parts.trained(models, optimizer))
+        first_epoch = 1
+
+    for epoch in range(first_epoch, settings["epochs"] + 1):
+        models.train()
+        # ---- G-Blending: new weights every super-epoch ----
+        if (epoch - 1) % args.super_epoch == 0:
             models["blend"].w.copy_(estimate(epoch))
         w = dict(zip(heads, models["blend"].w))
-        epoch.note(**{f"w_{head}": value for head, value in w.items()})
-        for batch in epoch:
+        rng = data.epoch_rng(seed, epoch)                     # all randomness of this epoch
+        batches = data.batches(len(kept), settings["batch_size"], rng)
+        step = (epoch - 1) * steps_per_epoch
+        for index in run.progress(batches, epoch):
+            optim.set_lr(optimizer, settings, step, steps, run.history)
+            batch = data.inputs(train_split, kept[index], models, args.device, settings, rng)
             optimizer.zero_grad()
-            for x, y, share in batch:
-                z = logits(x)
-                loss = sum(w[head] * common.cross_entropy(z[head], y) for head in heads)    # --- G-Blending ---
+            for x, y, share in data.parts(batch, args.micro_batch):
+                logits = forward(x)
+                # ---- G-Blending: every head has its loss, and its weight ----
+                loss = sum(w[head] * metrics.cross_entropy(logits[head], y) for head in heads)
                 (share * loss).backward()
-                epoch.count(loss, z["joint"], y)
+                run.count(loss, logits, y)
+                run.note(**{f"w_{head}": value for head, value in w.items()})
             optimizer.step()
-    return common.finish(task, models, logits, load)
+            step += 1
+        run.end_of_epoch(epoch, predict(val_split), parts.trained(models, optimizer))
+
+    # ---- The best epoch, once, on test ----
+    run.load_best(models)
+    run.save_tensors("model.safetensors", parts.whole(models))
+    test_split = data.Split(folder, "test")
+    return run.finish({"val": predict(val_split), "test": predict(test_split)}, models)
 
 
-def main():
-    common.main(arguments(), train, "G-Blending")
+OPTIONS = ("super_epoch", "held_out")
+
+
+def parser():
+    p = arguments.parser(__doc__, __file__)
+    own = p.add_argument_group("G-Blending")
+    own.add_argument("--super-epoch", type=int, default=10,
+                     help="epochs between two estimates of the weights; default: 10")
+    own.add_argument("--held-out", type=float, default=0.1,
+                     help="share of train that only measures generalisation; default: 0.1")
+    return p
 
 
 if __name__ == "__main__":
-    main()
+    arguments.main(parser(), train)

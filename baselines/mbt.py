@@ -26,20 +26,15 @@ Where we differ from the authors' code, and why:
  6. Mixup, label smoothing, dropped layers and SpecAugment are left out: no method here has them.
  7. F = 4 of 12 blocks and n = 4 are published. A tower with fewer than F blocks makes all towers fuse in as many as it has.
 """
+import math
+
 import torch
 from torch import nn
 
-import train_unimodal
-from baselines import common
+import data
+from baselines import parts
 from encoders import BERT
-
-
-def arguments():
-    parser = common.arguments(__doc__)
-    a = parser.add_argument
-    a("--bottlenecks", type=int, default=4, help="tokens that all modalities share: the fewer, the less can cross")
-    a("--fusion-layers", type=int, default=4, help="how many blocks, the last ones, have them; all of the shallowest tower at most")
-    return parser
+from harness import arguments, metrics, optim, runs
 
 
 class Bottleneck(nn.Module):
@@ -56,7 +51,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, models: nn.ModuleDict, x: dict) -> dict:
         """-> h_m of every modality in x, (B, D_m) float32, each having read what the others wrote."""
-        towers = {m: common.Tower(models[m].encoder, x[m], self.layers) for m in x}
+        towers = {m: parts.Tower(models[m].encoder, x[m], self.layers) for m in x}
         b = self.tokens.expand(len(next(iter(x.values()))), -1, -1)                        # (B, n, D)
         for i in range(self.layers):
             written = []
@@ -68,47 +63,92 @@ class Bottleneck(nn.Module):
         return {m: models[m].encoder.pooler(v).tanh().float() if isinstance(models[m].encoder, BERT) else v for m, v in h.items()}
 
 
-def train(args, seed):
+def train(args, seed: int) -> runs.Run:
     if min(args.bottlenecks, args.fusion_layers) < 1:
-        raise ValueError(f"--bottlenecks {args.bottlenecks} --fusion-layers {args.fusion_layers}: both are 1 or more")
-    common.only_transformers(common.encoder_names(args, train_unimodal.open_data(args, seed)[1]))
-    task = common.start(args, seed, "mbt", arguments(), "bottlenecks", "fusion_layers")
-    if task.run.result:
-        return task.run
-    models, load = common.encoders(task)
+        raise ValueError(f"--bottlenecks {args.bottlenecks} --fusion-layers {args.fusion_layers}: both"
+                         " are 1 or more")
+    folder, info = arguments.open_data(args, seed)
+    parts.only_transformers(arguments.encoders_of(args, info))
+    settings = arguments.joint_settings(args, seed, info, "mbt", options=OPTIONS)
+    run = runs.Run(args, arguments.run_name(args, settings), settings, folder, info, __file__)
+    if run.finished:
+        return run
+
+    # ---- Data ----
+    train_split, val_split = data.Split(folder, "train"), data.Split(folder, "val")
+    steps_per_epoch = math.ceil(len(train_split) / settings["batch_size"])
+    steps = settings["epochs"] * steps_per_epoch
+
+    # ---- Models: pre-trained encoders with a head each, and what is between them ----
+    models = parts.pretrained_encoders(settings, info)
     torch.manual_seed(seed)
-    for m in task.modalities:
-        models[m].head = nn.Linear(models[m].encoder.width, len(task.info["classes"]))
+    for m in settings["encoders"]:
+        models[m].head = nn.Linear(models[m].encoder.width, len(info["classes"]))
     models["bottleneck"] = Bottleneck(models, args.bottlenecks, args.fusion_layers)
     models.to(args.device)
-    optimizer = common.optimizer_for(task, models)
 
-    def heads(x):
-        with common.autocast(task):
+    # ---- Optimiser ----
+    optimizer = optim.make_optimizer("adamw", models, settings["lr"], settings["weight_decay"])
+
+    def heads(x):                         # no modality is alone any more: each head knows of all
+        with metrics.autocast(args.device, settings):
             h = models["bottleneck"](models, x)
-        return {m: models[m].head(h[m]) for m in h}                                        # no modality is alone any more: each head knows of all
+        return {m: models[m].head(h[m]) for m in h}
 
     def joint(z):
-        return torch.stack(list(z.values())).mean(0)
+        return {"joint": torch.stack(list(z.values())).mean(0)}
 
-    def logits(x):
-        return {"joint": joint(heads(x))}
+    def forward(x):                       # in validation
+        return joint(heads(x))
 
-    for epoch in common.epochs(task, models, optimizer, logits, load):
-        for batch in epoch:
+    def predict(split):
+        return metrics.predict(forward, models, split, args.device, settings)
+
+    # ---- Training ----
+    first_epoch = run.resume(models, optimizer)               # 0 for a new run
+    if first_epoch == 0:
+        run.end_of_epoch(0, predict(val_split), parts.trained(models, optimizer))
+        first_epoch = 1
+
+    for epoch in range(first_epoch, settings["epochs"] + 1):
+        models.train()
+        rng = data.epoch_rng(seed, epoch)                     # all randomness of this epoch
+        batches = data.batches(len(train_split), settings["batch_size"], rng)
+        step = (epoch - 1) * steps_per_epoch
+        for index in run.progress(batches, epoch):
+            optim.set_lr(optimizer, settings, step, steps, run.history)
+            batch = data.inputs(train_split, index, models, args.device, settings, rng)
             optimizer.zero_grad()
-            for x, y, share in batch:
+            for x, y, share in data.parts(batch, args.micro_batch):
                 z = heads(x)
-                loss = sum(common.cross_entropy(z[m], y) for m in z) / len(z)              # --- MBT: a loss for each class token ---
+                # ---- MBT: a loss for each class token ----
+                loss = sum(metrics.cross_entropy(z[m], y) for m in z) / len(z)
                 (share * loss).backward()
-                epoch.count(loss, joint(z), y)
+                run.count(loss, joint(z), y)
             optimizer.step()
-    return common.finish(task, models, logits, load)
+            step += 1
+        run.end_of_epoch(epoch, predict(val_split), parts.trained(models, optimizer))
+
+    # ---- The best epoch, once, on test ----
+    run.load_best(models)
+    run.save_tensors("model.safetensors", parts.whole(models))
+    test_split = data.Split(folder, "test")
+    return run.finish({"val": predict(val_split), "test": predict(test_split)}, models)
 
 
-def main():
-    common.main(arguments(), train, "MBT")
+OPTIONS = ("bottlenecks", "fusion_layers")
+
+
+def parser():
+    p = arguments.parser(__doc__, __file__)
+    own = p.add_argument_group("MBT")
+    own.add_argument("--bottlenecks", type=int, default=4,
+                     help="tokens that all modalities share: the fewer, the less can cross; default: 4")
+    own.add_argument("--fusion-layers", type=int, default=4,
+                     help="how many blocks, the last ones, have them; at most all of the shallowest"
+                          " tower; default: 4")
+    return p
 
 
 if __name__ == "__main__":
-    main()
+    arguments.main(parser(), train)

@@ -29,21 +29,13 @@ Where we differ from the authors' code, and why:
     slightly off its direction: the protection of seen features is weaker than with SGD.
  7. --separate-heads: no shared head, hence no projection: uni-modal training with entropy fusion, the control its reviewers asked for.
 """
+import math
+
 import torch
 
-import evaluate
-import train_unimodal
-from baselines import common
-
-
-def arguments():
-    parser = common.arguments(__doc__)
-    a = parser.add_argument
-    a("--order", nargs="+", metavar="MODALITY", help="whose turn is first; default: as in dataset.json")
-    a("--alpha", type=float, default=0.1, help="regulariser of the projection: the larger, the less is projected away")
-    a("--no-projection", action="store_true", help="leave the head's gradient as it is")
-    a("--separate-heads", action="store_true", help="a head for every modality, also where encoders have different widths")
-    return parser
+import data
+from baselines import parts
+from harness import arguments, metrics, optim, runs
 
 
 class Projection(torch.nn.Module):
@@ -65,58 +57,114 @@ class Projection(torch.nn.Module):
         self.P -= torch.outer(Ph, Ph) / (self.alpha + h @ Ph)
 
 
-def train(args, seed):
-    modalities = list(train_unimodal.open_data(args, seed)[1]["modalities"])
+def train(args, seed: int) -> runs.Run:
+    folder, info = arguments.open_data(args, seed)
+    modalities = list(info["modalities"])
     order = args.order or modalities
     if sorted(order) != sorted(modalities):
-        raise ValueError(f"--order {' '.join(order)}: {args.dataset} has {', '.join(modalities)}, each takes one turn")
-    task = common.start(args, seed, "mla", arguments(), "order", "alpha", "no_projection", "separate_heads")
-    if task.run.result:
-        return task.run
-    models, load = common.encoders(task)
+        raise ValueError(f"--order {' '.join(order)}: {args.dataset} has {', '.join(modalities)}, each"
+                         " takes one turn")
+    settings = arguments.joint_settings(args, seed, info, "mla", options=OPTIONS)
+    run = runs.Run(args, arguments.run_name(args, settings), settings, folder, info, __file__)
+    if run.finished:
+        return run
+
+    # ---- Data ----
+    train_split, val_split = data.Split(folder, "train"), data.Split(folder, "val")
+    steps_per_epoch = math.ceil(len(train_split) / settings["batch_size"])
+    steps = settings["epochs"] * steps_per_epoch
+
+    # ---- Models: pre-trained encoders, one head for all of them ----
+    models = parts.pretrained_encoders(settings, info)
     torch.manual_seed(seed)
-    widths, classes = {m: models[m].encoder.width for m in modalities}, len(task.info["classes"])
+    widths = {m: models[m].encoder.width for m in modalities}
+    classes = len(info["classes"])
     if not args.separate_heads and len(set(widths.values())) > 1:
-        told = ", ".join(f"{m} {w}" for m, w in widths.items())
-        raise ValueError(f"encoders of different widths ({told}) cannot share a head: use --separate-heads")
+        told = ", ".join(f"{m} {width}" for m, width in widths.items())
+        raise ValueError(f"encoders of different widths ({told}) cannot share a head: use"
+                         " --separate-heads")
     shared = torch.nn.Linear(widths[order[0]], classes)
     for m in modalities:
-        models[m].head = torch.nn.Linear(widths[m], classes) if args.separate_heads else shared
+        models[m].head = shared
+        if args.separate_heads:
+            models[m].head = torch.nn.Linear(widths[m], classes)
     project = not (args.no_projection or args.separate_heads)
     if project:
         projection = models["projection"] = Projection(widths[order[0]], args.alpha)
     models.to(args.device)
-    optimizer = common.optimizer_for(task, models)
 
-    def logits(x):
-        h = common.features(task, models, x)
-        z = {m: models[m].head(h[m]) for m in modalities}
-        p = evaluate.fuse(z, "entropy", task.info["multilabel"])
-        return {"joint": p.logit(1e-6) if task.info["multilabel"] else p.clamp(min=1e-30).log(), **z}      # logits of which p are the probabilities
+    # ---- Optimiser ----
+    optimizer = optim.make_optimizer("adamw", models, settings["lr"], settings["weight_decay"])
 
-    for epoch in common.epochs(task, models, optimizer, logits, load):
-        for batch in epoch:
-            for m in order:                                                                # --- MLA: each modality in turn ---
-                optimizer.zero_grad()                                                      # to None: the others' encoders are left alone
+    def alone(m, x):                      # one modality: its feature (B, D) and its logits (B, C)
+        h = parts.features(models, {m: x[m]}, args.device, settings)[m]
+        return h, models[m].head(h)
+
+    def forward(x):                       # in validation: all modalities, the surer counts more
+        z = {m: alone(m, x)[1] for m in modalities}
+        p = metrics.fuse(z, "entropy", info["multilabel"])
+        if info["multilabel"]:
+            return {"joint": p.logit(1e-6), **z}              # logits of which p are the probabilities
+        return {"joint": p.clamp(min=1e-30).log(), **z}
+
+    def predict(split):
+        return metrics.predict(forward, models, split, args.device, settings)
+
+    # ---- Training ----
+    first_epoch = run.resume(models, optimizer)               # 0 for a new run
+    if first_epoch == 0:
+        run.end_of_epoch(0, predict(val_split), parts.trained(models, optimizer))
+        first_epoch = 1
+
+    for epoch in range(first_epoch, settings["epochs"] + 1):
+        models.train()
+        rng = data.epoch_rng(seed, epoch)                     # all randomness of this epoch
+        batches = data.batches(len(train_split), settings["batch_size"], rng)
+        step = (epoch - 1) * steps_per_epoch
+        for index in run.progress(batches, epoch):
+            optim.set_lr(optimizer, settings, step, steps, run.history)
+            batch = data.inputs(train_split, index, models, args.device, settings, rng)
+            # ---- MLA: each modality in turn ----
+            for m in order:
+                optimizer.zero_grad()                         # the others' encoders are left alone
                 mean = 0
-                for x, y, share in batch:
-                    h = common.features(task, models, {m: x[m]})[m]
-                    z = models[m].head(h)
-                    loss = common.cross_entropy(z, y)
+                for x, y, share in data.parts(batch, args.micro_batch):
+                    h, z = alone(m, x)
+                    loss = metrics.cross_entropy(z, y)
                     (share * loss).backward()
-                    mean = mean + share * h.detach().mean(0)                               # hbar (D,)
-                    epoch.count(loss, z, y)
+                    mean = mean + share * h.detach().mean(0)  # hbar (D,)
+                    run.count(loss, {m: z}, y)
                 if project:
                     projection.project(shared)
                 optimizer.step()
                 if project:
                     projection.update(mean)
-    return common.finish(task, models, logits, load)
+            step += 1
+        run.end_of_epoch(epoch, predict(val_split), parts.trained(models, optimizer))
+
+    # ---- The best epoch, once, on test ----
+    run.load_best(models)
+    run.save_tensors("model.safetensors", parts.whole(models))
+    test_split = data.Split(folder, "test")
+    return run.finish({"val": predict(val_split), "test": predict(test_split)}, models)
 
 
-def main():
-    common.main(arguments(), train, "MLA")
+OPTIONS = ("order", "alpha", "no_projection", "separate_heads")
+
+
+def parser():
+    p = arguments.parser(__doc__, __file__)
+    own = p.add_argument_group("MLA")
+    own.add_argument("--order", nargs="+", metavar="MODALITY",
+                     help="whose turn is first; default: as in dataset.json")
+    own.add_argument("--alpha", type=float, default=0.1,
+                     help="the larger, the less is projected away; default: 0.1")
+    own.add_argument("--no-projection", action="store_true",
+                     help="leave the head's gradient as it is")
+    own.add_argument("--separate-heads", action="store_true",
+                     help="a head for every modality, also where encoders have different widths")
+    return p
 
 
 if __name__ == "__main__":
-    main()
+    arguments.main(parser(), train)

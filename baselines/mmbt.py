@@ -31,20 +31,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import train_unimodal
-from baselines import common
+import data
+from baselines import parts
 from encoders import BERT, BUILD, ResNet, ViT, padding_mask
+from harness import arguments, metrics, optim, runs
+
 
 LR = 5e-5      # the authors' README
-
-
-def arguments():
-    parser = common.arguments(__doc__)
-    a = parser.add_argument
-    a("--image-tokens", type=int, default=3, help="N, cells that the picture is pooled to")
-    a("--freeze-image", type=int, default=3, metavar="EPOCHS", help="train without the image encoder for so long")
-    a("--freeze-text", type=int, default=5, metavar="EPOCHS", help="train without BERT's blocks for so long")
-    return parser
 
 
 class MMBT(nn.Module):
@@ -90,46 +83,90 @@ def check(names: dict) -> None:
         raise ValueError(f"mmbt takes visual, a ResNet or a ViT, with text, a BERT (see --encoder), not {told}")
 
 
-def train(args, seed):
+def train(args, seed: int) -> runs.Run:
     if args.image_tokens < 1:
         raise ValueError(f"--image-tokens {args.image_tokens}: 1 or more")
-    check(common.encoder_names(args, train_unimodal.open_data(args, seed)[1]))
-    task = common.start(args, seed, "mmbt", arguments(), "image_tokens", "freeze_image", "freeze_text", lr=LR)
-    if task.run.result:
-        return task.run
-    models, load = common.encoders(task)
+    folder, info = arguments.open_data(args, seed)
+    check(arguments.encoders_of(args, info))
+    settings = arguments.joint_settings(args, seed, info, "mmbt", lr=LR, options=OPTIONS)
+    run = runs.Run(args, arguments.run_name(args, settings), settings, folder, info, __file__)
+    if run.finished:
+        return run
+
+    # ---- Data ----
+    train_split, val_split = data.Split(folder, "train"), data.Split(folder, "val")
+    steps_per_epoch = math.ceil(len(train_split) / settings["batch_size"])
+    steps = settings["epochs"] * steps_per_epoch
+
+    # ---- Models: pre-trained encoders, the projection between them, the classifier ----
+    models = parts.pretrained_encoders(settings, info)
     image, bert = models["visual"].encoder, models["text"].encoder
     torch.manual_seed(seed)
-    models["joint"] = MMBT(image, bert, args.image_tokens, len(task.info["classes"])).to(args.device)
-    optimizer = common.optimizer_for(task, models)                                         # of all weights: frozen ones have no gradient, so it skips them
+    joint = models["joint"] = MMBT(image, bert, args.image_tokens, len(info["classes"]))
+    models.to(args.device)
 
-    def logits(x):
-        with common.autocast(task):
-            h = models["joint"](image, bert, x)
-        return {"joint": models["joint"].classifier(h)}
+    # ---- Optimiser: of all weights; it skips those without gradient ----
+    optimizer = optim.make_optimizer("adamw", models, settings["lr"], settings["weight_decay"])
+
+    def forward(x):                       # in training and in validation
+        with metrics.autocast(args.device, settings):
+            h = joint(image, bert, x)
+        return {"joint": joint.classifier(h)}
 
     def thaw(epoch):
         image.requires_grad_(epoch > args.freeze_image)
         bert.blocks.requires_grad_(epoch > args.freeze_text)
-        models.train()                                                                     # what is frozen goes to eval mode: see Encoder.train
 
-    for epoch in common.epochs(task, models, optimizer, logits, load):
-        thaw(epoch.number)                                                                 # --- MMBT: gradual unfreezing ---
-        for batch in epoch:
+    def predict(split):
+        return metrics.predict(forward, models, split, args.device, settings)
+
+    # ---- Training ----
+    first_epoch = run.resume(models, optimizer)               # 0 for a new run
+    if first_epoch == 0:
+        run.end_of_epoch(0, predict(val_split), parts.trained(models, optimizer))
+        first_epoch = 1
+
+    for epoch in range(first_epoch, settings["epochs"] + 1):
+        thaw(epoch)                                           # ---- MMBT: gradual unfreezing ----
+        models.train()                                        # what is frozen stays in eval mode
+        rng = data.epoch_rng(seed, epoch)                     # all randomness of this epoch
+        batches = data.batches(len(train_split), settings["batch_size"], rng)
+        step = (epoch - 1) * steps_per_epoch
+        for index in run.progress(batches, epoch):
+            optim.set_lr(optimizer, settings, step, steps, run.history)
+            batch = data.inputs(train_split, index, models, args.device, settings, rng)
             optimizer.zero_grad()
-            for x, y, share in batch:
-                z = logits(x)["joint"]
-                loss = common.cross_entropy(z, y)
+            for x, y, share in data.parts(batch, args.micro_batch):
+                logits = forward(x)
+                loss = metrics.cross_entropy(logits["joint"], y)
                 (share * loss).backward()
-                epoch.count(loss, z, y)
+                run.count(loss, logits, y)
             optimizer.step()
-    thaw(task.run.settings["epochs"])                                                      # a run killed after its last epoch has not been in the loop
-    return common.finish(task, models, logits, load)
+            step += 1
+        run.end_of_epoch(epoch, predict(val_split), parts.trained(models, optimizer))
+
+    # ---- The best epoch, once, on test ----
+    run.load_best(models)
+    thaw(settings["epochs"])                                  # a resumed run may have skipped the loop
+    run.save_tensors("model.safetensors", parts.whole(models))
+    test_split = data.Split(folder, "test")
+    return run.finish({"val": predict(val_split), "test": predict(test_split)}, models)
 
 
-def main():
-    common.main(arguments(), train, "MMBT")
+OPTIONS = ("image_tokens", "freeze_image", "freeze_text")
+
+
+def parser():
+    p = arguments.parser(__doc__, __file__)
+    own = p.add_argument_group("MMBT")
+    own.add_argument("--image-tokens", type=int, default=3,
+                     help="N, cells that the picture is pooled to; default: 3")
+    own.add_argument("--freeze-image", type=int, default=3, metavar="EPOCHS",
+                     help="train without the image encoder for so long; default: 3")
+    own.add_argument("--freeze-text", type=int, default=5, metavar="EPOCHS",
+                     help="train without BERT's blocks for so long; default: 5")
+    return p
 
 
 if __name__ == "__main__":
-    main()
+    arguments.main(parser(), train)

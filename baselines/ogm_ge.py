@@ -25,19 +25,13 @@ Where we differ from the authors' code, and why:
     SGD's gradients over a batch, which neither they nor we compute.
  5. Single-label data only: s_m has no counterpart with several labels a sample. Validation and public weights: see concat.py.
 """
+import math
+
 import torch
 
-from baselines import common
-
-
-def arguments():
-    parser = common.arguments(__doc__)
-    a = parser.add_argument
-    a("--alpha", type=float, default=0.3, help="how strongly the leader is slowed down, tanh(alpha rho)")
-    a("--no-ge", action="store_true", help="OGM without the noise")
-    a("--conv-only", action="store_true", help="modulate convolutions only, as the authors' code does")
-    a("--modulated-epochs", type=int, help="modulate in the first so many epochs; default: half of them")
-    return parser
+import data
+from baselines import parts
+from harness import arguments, metrics, optim, runs
 
 
 def coefficients(scores: dict, alpha: float) -> dict:
@@ -58,42 +52,94 @@ def modulate(encoder, k, noise: bool, conv_only: bool) -> None:
                 p.grad.add_(torch.randn_like(p.grad) * std)
 
 
-def train(args, seed):
-    task = common.start(args, seed, "ogm_ge", arguments(), "alpha", "no_ge", "conv_only", "modulated_epochs", one_label=True)
-    if task.run.result:
-        return task.run
-    models, load = common.encoders(task)
+def train(args, seed: int) -> runs.Run:
+    folder, info = arguments.open_data(args, seed)
+    parts.one_label("ogm_ge", args, info)
+    settings = arguments.joint_settings(args, seed, info, "ogm_ge", options=OPTIONS)
+    run = runs.Run(args, arguments.run_name(args, settings), settings, folder, info, __file__)
+    if run.finished:
+        return run
+
+    # ---- Data ----
+    train_split, val_split = data.Split(folder, "train"), data.Split(folder, "val")
+    steps_per_epoch = math.ceil(len(train_split) / settings["batch_size"])
+    steps = settings["epochs"] * steps_per_epoch
+
+    # ---- Models: pre-trained encoders, one linear layer on all their features ----
+    models = parts.pretrained_encoders(settings, info)
     torch.manual_seed(seed)
-    models["joint"] = common.ConcatHead(models, len(task.info["classes"])).to(args.device)
-    optimizer = common.optimizer_for(task, models)
-    modulated_epochs = (task.run.settings["epochs"] + 1) // 2 if args.modulated_epochs is None else args.modulated_epochs
+    joint = models["joint"] = parts.ConcatHead(models, len(info["classes"]))
+    models.to(args.device)
 
-    def logits(x):
-        h = common.features(task, models, x)
-        return {"joint": models["joint"](h), **models["joint"].split(h)}
+    # ---- Optimiser ----
+    optimizer = optim.make_optimizer("adamw", models, settings["lr"], settings["weight_decay"])
 
-    for epoch in common.epochs(task, models, optimizer, logits, load):
-        for batch in epoch:
+    def forward(x):                       # in training and in validation
+        h = parts.features(models, x, args.device, settings)
+        return {"joint": joint(h), **joint.split(h)}
+
+    def predict(split):
+        return metrics.predict(forward, models, split, args.device, settings)
+
+    modulated_epochs = args.modulated_epochs
+    if modulated_epochs is None:
+        modulated_epochs = (settings["epochs"] + 1) // 2
+
+    # ---- Training ----
+    first_epoch = run.resume(models, optimizer)               # 0 for a new run
+    if first_epoch == 0:
+        run.end_of_epoch(0, predict(val_split), parts.trained(models, optimizer))
+        first_epoch = 1
+
+    for epoch in range(first_epoch, settings["epochs"] + 1):
+        models.train()
+        rng = data.epoch_rng(seed, epoch)                     # all randomness of this epoch
+        batches = data.batches(len(train_split), settings["batch_size"], rng)
+        step = (epoch - 1) * steps_per_epoch
+        for index in run.progress(batches, epoch):
+            optim.set_lr(optimizer, settings, step, steps, run.history)
+            batch = data.inputs(train_split, index, models, args.device, settings, rng)
             optimizer.zero_grad()
-            scores = dict.fromkeys(task.modalities, 0.0)
-            for x, y, share in batch:
-                z = logits(x)
-                loss = common.cross_entropy(z["joint"], y)
+            alone = dict.fromkeys(settings["encoders"], 0.0)
+            for x, y, share in data.parts(batch, args.micro_batch):
+                logits = forward(x)
+                loss = metrics.cross_entropy(logits["joint"], y)
                 (share * loss).backward()
-                epoch.count(loss, z["joint"], y)
-                for m in task.modalities:
-                    scores[m] += z[m].detach().softmax(-1).gather(1, y[:, None]).sum()     # s_m
-            if epoch.number <= modulated_epochs:                                           # --- OGM-GE ---
-                for m, k in coefficients(scores, args.alpha).items():
+                run.count(loss, logits, y)
+                for m in alone:                               # s_m
+                    p = logits[m].detach().softmax(-1)
+                    alone[m] += p.gather(1, y[:, None]).sum()
+            # ---- OGM-GE: the leader's gradients are made smaller, all get noise ----
+            if epoch <= modulated_epochs:
+                for m, k in coefficients(alone, args.alpha).items():
                     modulate(models[m].encoder, k, not args.no_ge, args.conv_only)
-                    epoch.note(**{f"k_{m}": k})
+                    run.note(**{f"k_{m}": k})
             optimizer.step()
-    return common.finish(task, models, logits, load)
+            step += 1
+        run.end_of_epoch(epoch, predict(val_split), parts.trained(models, optimizer))
+
+    # ---- The best epoch, once, on test ----
+    run.load_best(models)
+    run.save_tensors("model.safetensors", parts.whole(models))
+    test_split = data.Split(folder, "test")
+    return run.finish({"val": predict(val_split), "test": predict(test_split)}, models)
 
 
-def main():
-    common.main(arguments(), train, "OGM-GE")
+OPTIONS = ("alpha", "no_ge", "conv_only", "modulated_epochs")
+
+
+def parser():
+    p = arguments.parser(__doc__, __file__)
+    own = p.add_argument_group("OGM-GE")
+    own.add_argument("--alpha", type=float, default=0.3,
+                     help="how strongly the leader is slowed down, tanh(alpha rho); default: 0.3")
+    own.add_argument("--no-ge", action="store_true", help="OGM without the noise")
+    own.add_argument("--conv-only", action="store_true",
+                     help="modulate convolutions only, as the authors' code does")
+    own.add_argument("--modulated-epochs", type=int,
+                     help="modulate in the first so many epochs; default: half of them")
+    return p
 
 
 if __name__ == "__main__":
-    main()
+    arguments.main(parser(), train)

@@ -27,23 +27,18 @@ Where we differ from the authors' code, and why:
  6. Frozen towers stay in eval mode, without dropout.
  7. --umft is ours. Without public weights (the toy) a frozen tower is a random one, and the prompts have little to work with.
 """
+import math
+
 import torch
 from torch import nn
 
-import checkpoints
+import data
 import train_unimodal
-from baselines import common, concat
+from baselines import parts
+from harness import arguments, metrics, optim, runs
+
 
 LR = 1e-3      # ours: paper silent
-
-
-def arguments():
-    parser = common.arguments(__doc__)
-    a = parser.add_argument
-    a("--prompts", type=int, default=4, help="tokens of each of the three kinds, in each tower and fusion layer")
-    a("--fusion-layers", type=int, default=2, help="how many blocks, the last ones, have them; all of the shallower tower at most")
-    a("--umft", action="store_true", help="start from uni-modally fine-tuned towers (trained first where missing), not from public weights")
-    return parser
 
 
 class FusionLayer(nn.Module):
@@ -58,7 +53,7 @@ class FusionLayer(nn.Module):
         self.translate = nn.ModuleDict({m: nn.Sequential(nn.Linear(widths[m], hidden), nn.ReLU(), nn.Linear(hidden, widths[self.other[m]])) for m in widths})
 
     def forward(self, towers: dict, i: int) -> None:
-        """Run block i of both towers (modality -> common.Tower)."""
+        """Run block i of both towers (modality -> parts.Tower)."""
         n, told = len(next(iter(self.query.values()))), {}
         for m, tower in towers.items():                                                    # both are asked before either is told anything
             prompts = torch.cat([self.query_context[m], self.query[m]])
@@ -69,52 +64,110 @@ class FusionLayer(nn.Module):
             tower.x, _ = tower.block(i, torch.cat([context, told[m]], dim=1))
 
 
-def train(args, seed):
+def train(args, seed: int) -> runs.Run:
     if min(args.prompts, args.fusion_layers) < 1:
-        raise ValueError(f"--prompts {args.prompts} --fusion-layers {args.fusion_layers}: both are 1 or more")
-    info = train_unimodal.open_data(args, seed)[1]
-    if len(info["modalities"]) != 2:
-        raise ValueError(f"{args.dataset} has {', '.join(info['modalities'])}: pmf is defined for two modalities")
-    common.only_transformers(common.encoder_names(args, info))
-    unimodal = {m: train_unimodal.train(args, m, seed, reuse=True) for m in info["modalities"]} if args.umft else {}
-    hashes = {m: dict(run=r.folder.name, sha256=checkpoints.sha256(r.folder / "model.safetensors")) for m, r in unimodal.items()}
-    task = common.start(args, seed, "pmf", arguments(), "prompts", "fusion_layers", "umft", lr=LR, **(dict(unimodal=hashes) if hashes else {}))
-    if task.run.result:
-        return task.run
-    models = concat.frozen_encoders(task, unimodal)[0] if args.umft else common.encoders(task)[0].requires_grad_(False)
-    load = common.loader(task, models)
+        raise ValueError(f"--prompts {args.prompts} --fusion-layers {args.fusion_layers}: both are 1 or"
+                         " more")
+    folder, info = arguments.open_data(args, seed)
+    modalities = list(info["modalities"])
+    if len(modalities) != 2:
+        raise ValueError(f"{args.dataset} has {', '.join(modalities)}: pmf is defined for two"
+                         " modalities")
+    parts.only_transformers(arguments.encoders_of(args, info))
+
+    # ---- Step 1, Eq. 1, with --umft: one encoder per modality, each fine-tuned alone ----
+    unimodal = {}
+    if args.umft:
+        for m in modalities:
+            unimodal[m] = train_unimodal.train(arguments.of_step_1(args), m, seed)
+
+    settings = arguments.joint_settings(args, seed, info, "pmf", unimodal, lr=LR, options=OPTIONS)
+    run = runs.Run(args, arguments.run_name(args, settings), settings, folder, info, __file__)
+    if run.finished:
+        return run
+
+    # ---- Data ----
+    train_split, val_split = data.Split(folder, "train"), data.Split(folder, "val")
+    steps_per_epoch = math.ceil(len(train_split) / settings["batch_size"])
+    steps = settings["epochs"] * steps_per_epoch
+
+    # ---- Models: frozen towers, a head each, prompts in their last blocks ----
+    if args.umft:
+        models = parts.frozen_encoders(unimodal, info)
+    else:
+        models = parts.pretrained_encoders(settings, info).requires_grad_(False)
     torch.manual_seed(seed)
-    widths = {m: models[m].encoder.width for m in task.modalities}
-    layers = min(args.fusion_layers, *(len(models[m].encoder.blocks) for m in widths))
-    for m, width in widths.items():
-        models[m].head = nn.Linear(width, len(task.info["classes"]))
+    widths = {m: models[m].encoder.width for m in modalities}
+    depths = [len(models[m].encoder.blocks) for m in modalities]
+    layers = min(args.fusion_layers, *depths)
+    for m in modalities:
+        models[m].head = nn.Linear(widths[m], len(info["classes"]))
     models["fusion"] = nn.ModuleList(FusionLayer(widths, args.prompts) for _ in range(layers))
     models.to(args.device)
-    optimizer = common.optimizer_for(task, models)
 
-    def logits(x):
-        with common.autocast(task):
-            towers = {m: common.Tower(models[m].encoder, x[m], layers) for m in x}
-            for i, layer in enumerate(models["fusion"]):                                   # --- PMF ---
+    # ---- Optimiser ----
+    optimizer = optim.make_optimizer("adamw", models, settings["lr"], settings["weight_decay"])
+
+    def forward(x):                       # in training and in validation
+        with metrics.autocast(args.device, settings):
+            towers = {m: parts.Tower(models[m].encoder, x[m], layers) for m in x}
+            # ---- PMF: the towers talk through prompts ----
+            for i, layer in enumerate(models["fusion"]):
                 layer(towers, i)
             h = {m: tower.feature() for m, tower in towers.items()}
-        return {"joint": sum(models[m].head(h[m]) for m in h) / 2}                         # neither is alone any more: each knows of the other
+        # No modality is alone any more: each knows of the other.
+        return {"joint": sum(models[m].head(h[m]) for m in h) / 2}
 
-    for epoch in common.epochs(task, models, optimizer, logits, load):
-        for batch in epoch:
+    def predict(split):
+        return metrics.predict(forward, models, split, args.device, settings)
+
+    # ---- Training ----
+    first_epoch = run.resume(models, optimizer)               # 0 for a new run
+    if first_epoch == 0:
+        run.end_of_epoch(0, predict(val_split), parts.trained(models, optimizer))
+        first_epoch = 1
+
+    for epoch in range(first_epoch, settings["epochs"] + 1):
+        models.train()
+        rng = data.epoch_rng(seed, epoch)                     # all randomness of this epoch
+        batches = data.batches(len(train_split), settings["batch_size"], rng)
+        step = (epoch - 1) * steps_per_epoch
+        for index in run.progress(batches, epoch):
+            optim.set_lr(optimizer, settings, step, steps, run.history)
+            batch = data.inputs(train_split, index, models, args.device, settings, rng)
             optimizer.zero_grad()
-            for x, y, share in batch:
-                z = logits(x)
-                loss = common.cross_entropy(z["joint"], y)
+            for x, y, share in data.parts(batch, args.micro_batch):
+                logits = forward(x)
+                loss = metrics.cross_entropy(logits["joint"], y)
                 (share * loss).backward()
-                epoch.count(loss, z["joint"], y)
+                run.count(loss, logits, y)
             optimizer.step()
-    return common.finish(task, models, logits, load)
+            step += 1
+        run.end_of_epoch(epoch, predict(val_split), parts.trained(models, optimizer))
+
+    # ---- The best epoch, once, on test ----
+    run.load_best(models)
+    run.save_tensors("model.safetensors", parts.whole(models))
+    test_split = data.Split(folder, "test")
+    return run.finish({"val": predict(val_split), "test": predict(test_split)}, models)
 
 
-def main():
-    common.main(arguments(), train, lambda args: f"PMF{', uni-modally fine-tuned towers' if args.umft else ''}")
+OPTIONS = ("prompts", "fusion_layers", "umft")
+
+
+def parser():
+    p = arguments.parser(__doc__, __file__)
+    own = p.add_argument_group("PMF")
+    own.add_argument("--prompts", type=int, default=4,
+                     help="tokens of each of the three kinds, in each tower and layer; default: 4")
+    own.add_argument("--fusion-layers", type=int, default=2,
+                     help="how many blocks, the last ones, have them; at most all of the shallower"
+                          " tower; default: 2")
+    own.add_argument("--umft", action="store_true",
+                     help="start from uni-modally fine-tuned towers (trained first where missing)")
+    arguments.add_step_1(p)
+    return p
 
 
 if __name__ == "__main__":
-    main()
+    arguments.main(parser(), train)

@@ -24,21 +24,14 @@ Where we differ from the authors' code, and why:
  4. AdamW and our schedule instead of SGD; momentum 0.2, alpha 1 and mu 1e-2 are the code's and the paper's values.
  5. Distances by torch.cdist instead of a double loop. Single-label data only: there is no class mean with several labels a sample.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
-from baselines import common
-
-
-def arguments():
-    parser = common.arguments(__doc__)
-    a = parser.add_argument
-    a("--alpha", type=float, default=1.0, help="weight of the prototype losses")
-    a("--mu", type=float, default=0.01, help="weight of the entropy term PER; 0 turns it off")
-    a("--per-epochs", type=int, help="PER acts in the first so many epochs; default: a tenth of them")
-    a("--momentum", type=float, default=0.2, help="share of the old prototype kept every epoch")
-    a("--share", type=float, default=0.1, help="share of train that prototypes are means of")
-    return parser
+import data
+from baselines import parts
+from harness import arguments, metrics, optim, runs
 
 
 class Prototypes(torch.nn.Module):
@@ -89,44 +82,104 @@ def a_share_of_every_class(labels: torch.Tensor, share: float, seed: int) -> tor
     return torch.cat([i[:max(1, round(share * len(i)))] for i in by_class]).sort().values
 
 
-def train(args, seed):
-    task = common.start(args, seed, "pmr", arguments(), "alpha", "mu", "per_epochs", "momentum", "share", one_label=True)
-    if task.run.result:
-        return task.run
-    models, load = common.encoders(task)
+def train(args, seed: int) -> runs.Run:
+    folder, info = arguments.open_data(args, seed)
+    parts.one_label("pmr", args, info)
+    settings = arguments.joint_settings(args, seed, info, "pmr", options=OPTIONS)
+    run = runs.Run(args, arguments.run_name(args, settings), settings, folder, info, __file__)
+    if run.finished:
+        return run
+
+    # ---- Data ----
+    train_split, val_split = data.Split(folder, "train"), data.Split(folder, "val")
+    steps_per_epoch = math.ceil(len(train_split) / settings["batch_size"])
+    steps = settings["epochs"] * steps_per_epoch
+
+    # ---- Models: pre-trained encoders, one linear layer on all their features ----
+    models = parts.pretrained_encoders(settings, info)
     torch.manual_seed(seed)
-    joint, prototypes = common.ConcatHead(models, len(task.info["classes"])), Prototypes(models, len(task.info["classes"]))
+    joint = parts.ConcatHead(models, len(info["classes"]))
+    prototypes = Prototypes(models, len(info["classes"]))
     models["joint"], models["prototypes"] = joint, prototypes
     models.to(args.device)
-    optimizer = common.optimizer_for(task, models)
-    per_epochs = round(task.run.settings["epochs"] / 10) if args.per_epochs is None else args.per_epochs
-    labels = task.split("train").labels
-    subset = a_share_of_every_class(labels, args.share, seed)
 
-    def logits(x):
-        h = common.features(task, models, x)
+    # ---- Optimiser ----
+    optimizer = optim.make_optimizer("adamw", models, settings["lr"], settings["weight_decay"])
+
+    def features(x):
+        return parts.features(models, x, args.device, settings)
+
+    def forward(x):                       # in validation
+        h = features(x)
         return {"joint": joint(h), **joint.split(h)}
 
-    for epoch in common.epochs(task, models, optimizer, logits, load):
-        h = common.predict(task, models, lambda x: common.features(task, models, x), load, "train", subset)
-        prototypes.update({m: v.to(args.device) for m, v in h.items()}, labels[subset].to(args.device), args.momentum)
-        for batch in epoch:
+    def predict(split):
+        return metrics.predict(forward, models, split, args.device, settings)
+
+    subset = a_share_of_every_class(train_split.labels, args.share, seed)
+    subset_labels = train_split.labels[subset].to(args.device)
+    per_epochs = args.per_epochs
+    if per_epochs is None:
+        per_epochs = round(settings["epochs"] / 10)
+
+    # ---- Training ----
+    first_epoch = run.resume(models, optimizer)               # 0 for a new run
+    if first_epoch == 0:
+        run.end_of_epoch(0, predict(val_split), parts.trained(models, optimizer))
+        first_epoch = 1
+
+    for epoch in range(first_epoch, settings["epochs"] + 1):
+        models.train()
+        rng = data.epoch_rng(seed, epoch)                     # all randomness of this epoch
+        batches = data.batches(len(train_split), settings["batch_size"], rng)
+        step = (epoch - 1) * steps_per_epoch
+        # ---- PMR: new prototypes every epoch, of features without augmentation ----
+        h = metrics.predict(features, models, train_split, args.device, settings, subset)
+        h = {m: v.to(args.device) for m, v in h.items()}
+        prototypes.update(h, subset_labels, args.momentum)
+        mu = args.mu if epoch <= per_epochs else 0
+        for index in run.progress(batches, epoch):
+            optim.set_lr(optimizer, settings, step, steps, run.history)
+            batch = data.inputs(train_split, index, models, args.device, settings, rng)
             optimizer.zero_grad()
-            for x, y, share in batch:
-                h = common.features(task, models, x)
+            for x, y, share in data.parts(batch, args.micro_batch):
+                h = features(x)
                 z = joint(h)
-                extra, beta = prototypes.loss(h, y, args.alpha, args.mu if epoch.number <= per_epochs else 0)      # --- PMR ---
-                loss = common.cross_entropy(z, y) + extra
+                # ---- PMR: pull slow features to their prototypes ----
+                extra, beta = prototypes.loss(h, y, args.alpha, mu)
+                loss = metrics.cross_entropy(z, y) + extra
                 (share * loss).backward()
-                epoch.count(loss, z, y)
-                epoch.note(**{f"beta_{m}": b for m, b in beta.items()})
+                run.count(loss, {"joint": z}, y)
+                run.note(**{f"beta_{m}": b for m, b in beta.items()})
             optimizer.step()
-    return common.finish(task, models, logits, load)
+            step += 1
+        run.end_of_epoch(epoch, predict(val_split), parts.trained(models, optimizer))
+
+    # ---- The best epoch, once, on test ----
+    run.load_best(models)
+    run.save_tensors("model.safetensors", parts.whole(models))
+    test_split = data.Split(folder, "test")
+    return run.finish({"val": predict(val_split), "test": predict(test_split)}, models)
 
 
-def main():
-    common.main(arguments(), train, "PMR")
+OPTIONS = ("alpha", "mu", "per_epochs", "momentum", "share")
+
+
+def parser():
+    p = arguments.parser(__doc__, __file__)
+    own = p.add_argument_group("PMR")
+    own.add_argument("--alpha", type=float, default=1.0,
+                     help="weight of the prototype losses; default: 1")
+    own.add_argument("--mu", type=float, default=0.01,
+                     help="weight of the entropy term PER, 0 turns it off; default: 0.01")
+    own.add_argument("--per-epochs", type=int,
+                     help="PER acts in the first so many epochs; default: a tenth of them")
+    own.add_argument("--momentum", type=float, default=0.2,
+                     help="share of the old prototype that is kept every epoch; default: 0.2")
+    own.add_argument("--share", type=float, default=0.1,
+                     help="share of train that prototypes are means of; default: 0.1")
+    return p
 
 
 if __name__ == "__main__":
-    main()
+    arguments.main(parser(), train)

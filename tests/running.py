@@ -23,13 +23,16 @@ MMLORA = "toy/mmlora-all-r1-s0"
 
 
 def call(script, *words, out=None, root=None):
-    """Run a script as `python script words` does; -> what it printed."""
+    """Run a script as `python script words` does, a name without .py as `python -m name`; -> what it printed."""
     words = [*map(str, words), *(("--out", str(out)) if out else ()), *(("--data-root", str(root)) if root else ())]
     before, printed = sys.argv, io.StringIO()
     sys.argv = [script, *words]
     try:
         with contextlib.redirect_stdout(printed):
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+            if script.endswith(".py"):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            else:
+                runpy.run_module(script, run_name="__main__")
     finally:
         sys.argv = before
     return printed.getvalue()

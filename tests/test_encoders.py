@@ -1,7 +1,8 @@
 """Encoders and public checkpoints against the reference libraries.
 
-`fixtures/encoders` holds tiny random models made with open_clip, ImageBind, transformers and torchvision: checkpoint files in the public
-layouts, inputs, and what the library answered. So a test here proves the rename and the arithmetic at once, without a download.
+`fixtures/encoders` holds tiny random models made with open_clip, ImageBind, transformers and
+torchvision: checkpoint files in the public layouts, inputs, and what the library answered. So a test
+here proves the rename and the arithmetic at once, without a download.
 """
 import copy
 import http.server
@@ -19,10 +20,12 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-import checkpoints
-from checkpoints import PUBLIC, Public, download, export_public, load_public, public_names, public_state
-from encoders import BERT, BUILD, AudioViT, DeBERTa, PreNormBlock, ResNet, UnimodalModel, ViT, build, padding_mask
+from encoders import (BERT, BUILD, AudioViT, DeBERTa, PreNormBlock, ResNet, UnimodalModel, ViT, build,
+                      padding_mask)
 from lora import add_lora, merge_lora
+from pretrained import checkpoints
+from pretrained.checkpoints import (PUBLIC, Public, download, export_public, load_public, public_names,
+                                    public_state)
 
 FIXTURES = Path(__file__).parent / "fixtures" / "encoders"
 TEXT = dict(width=32, depth=3, heads=4, mlp_width=128, max_length=24)
@@ -59,7 +62,8 @@ def inputs(model, x):
         return (x["input.mel"].flatten(0, 1),)
     if model in ("openclip", "resnet_basic", "resnet_bottleneck"):
         return (x["input.image"],)
-    return tuple(x[f"input.{name}"] for name in ("input_ids", "attention_mask", "token_type_ids") if f"input.{name}" in x)
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    return tuple(x[f"input.{name}"] for name in names if f"input.{name}" in x)
 
 
 def tensors_of(path):
@@ -127,13 +131,15 @@ def test_resnets_equal_the_reference(model):
 @torch.no_grad()
 def test_flow_resnet_averages_the_first_layer():
     x = io("resnet_basic")
-    encoder = load_public(ResNet((2, 2, 2, 2), False, width=8, in_channels=20), FIXTURES / "resnet_basic/resnet.pth").eval()
+    encoder = ResNet((2, 2, 2, 2), False, width=8, in_channels=20)
+    load_public(encoder, FIXTURES / "resnet_basic/resnet.pth").eval()
     close(encoder.conv1.weight, x["flow.conv1.weight"], 1e-6)
     close(encoder(x["flow.input"]), x["flow.pooled"])
 
 
 def recipe_tensor(key, shape, seed):
-    """Weights out of a key and a seed: the full-size torchvision models, too large to keep here, were filled the same way."""
+    """Weights out of a key and a seed. The full-size torchvision models are too large to keep here;
+    they were filled in the same way."""
     if key.endswith("num_batches_tracked"):
         return torch.zeros((), dtype=torch.int64)
     x = np.random.RandomState((zlib.crc32(key.encode()) + seed) % 2**32).standard_normal(size=tuple(shape))
@@ -154,7 +160,8 @@ def test_full_size_resnets_equal_torchvision(name):
     x, seed = io(f"{name}_recipe"), json.loads((FIXTURES / f"{name}_recipe/config.json").read_text())["seed"]
     with torch.device("meta"):
         encoder = build(name).eval()
-    encoder.load_state_dict({key: recipe_tensor(key, t.shape, seed) for key, t in encoder.state_dict().items()}, assign=True)
+    recipe = {key: recipe_tensor(key, t.shape, seed) for key, t in encoder.state_dict().items()}
+    encoder.load_state_dict(recipe, assign=True)
     for key in (key for key in x if key.startswith("weight_head.") and "fc." not in key):
         close(encoder.state_dict()[key.removeprefix("weight_head.")].flatten()[:4], x[key].flatten(), 1e-6)
     close(encoder.feature_map(x["input.image"]), x["out.layer4"])
@@ -181,7 +188,8 @@ def test_lora_on_query_key_value_equals_the_reference(model):
 
 @torch.no_grad()
 def test_lora_on_every_convolution_equals_the_reference():
-    encoder, x, settings = loaded("resnet_basic"), io("resnet_basic", "lora"), json.loads((FIXTURES / "lora.json").read_text())
+    encoder, x = loaded("resnet_basic"), io("resnet_basic", "lora")
+    settings = json.loads((FIXTURES / "lora.json").read_text())
     names = add_lora(encoder, rank=settings["r"], scale=settings["scaling"])
     assert {f"peft.{name}.A" for name in names} == {key for key in x if key.startswith("peft.") and key.endswith(".A")}
     for name in names:
@@ -191,13 +199,16 @@ def test_lora_on_every_convolution_equals_the_reference():
 
 
 def test_deberta_gradients():
-    """The position scores enter the fused attention as its bias; some kernels give a bias no gradient. Against finite differences."""
+    """Against finite differences. The position scores enter the fused attention as its bias, and some
+    kernels give a bias no gradient."""
     torch.manual_seed(0)
     encoder = DeBERTa(11, 8, 2, 2, 16, 5).double().eval()
     ids = torch.tensor([[1, 5, 7, 2], [1, 9, 2, 0]])
     for name in ("relative.weight", "blocks.0.attention.pos_query.weight", "blocks.1.attention.query.bias"):
-        weight = encoder.get_parameter(name).detach().mul(20).requires_grad_()     # away from the small numbers of the start
-        assert torch.autograd.gradcheck(lambda w: torch.func.functional_call(encoder, {name: w}, (ids,)), weight, eps=1e-6, atol=1e-6)
+        # Times 20: away from the small numbers of the start.
+        weight = encoder.get_parameter(name).detach().mul(20).requires_grad_()
+        call = lambda w: torch.func.functional_call(encoder, {name: w}, (ids,))
+        assert torch.autograd.gradcheck(call, weight, eps=1e-6, atol=1e-6)
 
 
 # ---- Sizes ----
@@ -205,7 +216,8 @@ def test_deberta_gradients():
 @pytest.mark.parametrize("name, parameters", [
     # ours + what the public count includes and we leave out
     ("vit_b16", 86_192_640 - 768 * 512), ("vit_b32", 87_849_216 - 768 * 512), ("vit_l14", 303_966_208 - 1024 * 768),
-    ("bert_base", 109_482_240), ("bert_large", 335_141_888), ("deberta_base", 138_601_728), ("deberta_large", 405_163_008),
+    ("bert_base", 109_482_240), ("bert_large", 335_141_888),
+    ("deberta_base", 138_601_728), ("deberta_large", 405_163_008),
     ("resnet18", 11_689_512 - 513 * 1000), ("resnet152", 60_192_808 - 2049 * 1000),
 ])
 def test_parameter_counts(name, parameters):
@@ -215,7 +227,8 @@ def test_parameter_counts(name, parameters):
 
 
 @pytest.mark.parametrize("name, tensors, rank_one", [
-    ("vit_b16", 152 - 1, 55_296), ("vit_l14", 296 - 1, 147_456), ("audio_vit_b", 177 - 2, 55_296),     # less the projection
+    # less the projection
+    ("vit_b16", 152 - 1, 55_296), ("vit_l14", 296 - 1, 147_456), ("audio_vit_b", 177 - 2, 55_296),
     ("bert_base", 199, 55_296), ("deberta_large", None, 147_456)])
 def test_public_tensors_and_lora_parameters(name, tensors, rank_one):
     with torch.device("meta"):
@@ -225,8 +238,10 @@ def test_public_tensors_and_lora_parameters(name, tensors, rank_one):
     assert sum(p.numel() for p in encoder.parameters() if p.requires_grad) == rank_one
 
 
-@pytest.mark.parametrize("name, shape", [("vit_toy", (3, 32, 32)), ("audio_vit_toy", (1, 32, 64)), ("vit_small", (3, 96, 96)), ("audio_vit_small", (1, 128, 204)), ("resnet_small", (3, 64, 64)),
-                                         ("bert_small", (20,)), ("deberta_small", (20,)), ("resnet18", (3, 64, 64))])
+@pytest.mark.parametrize("name, shape", [
+    ("vit_toy", (3, 32, 32)), ("audio_vit_toy", (1, 32, 64)), ("vit_small", (3, 96, 96)),
+    ("audio_vit_small", (1, 128, 204)), ("resnet_small", (3, 64, 64)), ("bert_small", (20,)),
+    ("deberta_small", (20,)), ("resnet18", (3, 64, 64))])
 def test_small_encoders_run_and_learn(name, shape):
     torch.manual_seed(0)
     encoder = build(name)
@@ -262,8 +277,9 @@ def test_last_block_computes_the_first_token_only_and_exactly(model):
     first = encoder.tokens(*args)[:, 0]
     close(encoder(*args), torch.tanh(encoder.pooler(first)) if model == "bert" else first, 2e-6)
     last = encoder.blocks[-1]
-    assert watch(last.attention.query, lambda: encoder(*args)).shape[1] == watch(last.fc1, lambda: encoder(*args)).shape[1] == 1
-    assert watch(last.attention.key, lambda: encoder(*args)).shape[1] > 1
+    run = lambda: encoder(*args)
+    assert watch(last.attention.query, run).shape[1] == watch(last.fc1, run).shape[1] == 1
+    assert watch(last.attention.key, run).shape[1] > 1
 
 
 def test_audio_without_channel_axis():
@@ -303,21 +319,38 @@ def test_drop_path_leaves_out_whole_samples_and_keeps_the_mean():
         assert build("audio_vit_b").blocks[-1].drop_path == 0.1
 
 
+@pytest.mark.parametrize("name", [n for n, (kind, _) in BUILD.items() if kind is AudioViT])
+def test_drop_path_can_be_switched_off(name):
+    with torch.device("meta"):
+        assert all(block.drop_path == 0 for block in build(name, drop_path=0.0).blocks)
+    torch.manual_seed(0)
+    kept, off = (build(name, width=32, depth=2, heads=4, drop_path=rate).train() for rate in (0.5, 0.0))
+    mel = torch.randn(8, 1, *off.mel)
+    assert torch.equal(off(mel), off(mel)) and not torch.equal(kept(mel), kept(mel))
+
+
+def test_text_encoders_say_whose_ids_they_read():
+    assert {name: kind.tokenizer for name, (kind, _) in BUILD.items() if kind.tokenizer} == {
+        "bert_base": "wordpiece", "bert_large": "wordpiece", "bert_small": "wordpiece",
+        "deberta_base": "byte_bpe", "deberta_large": "byte_bpe", "deberta_small": "byte_bpe"}
+
+
 @pytest.mark.parametrize("model", ["bert", "deberta"])
 @torch.no_grad()
 def test_dropout_where_the_originals_have_it(model):
     torch.manual_seed(0)
     encoder, ids = make(model), io(model)["input.input_ids"]
-    assert sum(module.p == 0.1 for module in encoder.modules() if isinstance(module, torch.nn.Dropout)) == 1 + 3     # embedding, blocks
-    for module in encoder.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.eval()
+    dropouts = [module for module in encoder.modules() if isinstance(module, torch.nn.Dropout)]
+    assert [module.p for module in dropouts] == [0.1] * 4     # the embedding, three blocks
+    for module in dropouts:
+        module.eval()
     if model == "deberta":     # on the table of relative positions, anew in every block
         seen = []
         for block in encoder.blocks:
             block.attention.pos_key.register_forward_pre_hook(lambda module, args: seen.append(args[0][:, :14]))
         encoder(ids)
-        assert all(0.03 < (relative == 0).float().mean() < 0.2 for relative in seen) and not torch.equal(seen[0], seen[1])
+        assert all(0.03 < (relative == 0).float().mean() < 0.2 for relative in seen)
+        assert not torch.equal(seen[0], seen[1])
         for block in encoder.blocks:     # without it, the next line is about the probabilities alone
             block.attention.pos_key.weight.zero_()
             block.attention.pos_query.weight.zero_()
@@ -379,15 +412,18 @@ def test_spellings_of_bert(tmp_path):
 
 def test_training_checkpoint_of_open_clip_and_old_pickles(tmp_path):
     state = tensors_of(FIXTURES / "openclip/open_clip_pytorch_model.bin")
-    torch.save({"epoch": 3, "name": "run", "state_dict": {f"module.{name}": t for name, t in state.items()}}, tmp_path / "epoch_3.pt")
+    wrapped = {f"module.{name}": t for name, t in state.items()}
+    torch.save({"epoch": 3, "name": "run", "state_dict": wrapped}, tmp_path / "epoch_3.pt")
     torch.save(state, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
     half = {name: t.half() for name, t in state.items()}
     torch.save(half, tmp_path / "half.bin")
     for file in ("epoch_3.pt", "old.bin"):
         encoder = load_public(make("openclip"), tmp_path / file)
         assert all(torch.equal(t, loaded("openclip").state_dict()[name]) for name, t in encoder.state_dict().items())
-    export_public(load_public(make("openclip"), tmp_path / "half.bin"), tmp_path / "half_again.bin", tmp_path / "half.bin")
-    assert all(torch.equal(t, half[name]) and t.dtype == torch.half for name, t in tensors_of(tmp_path / "half_again.bin").items())
+    encoder = load_public(make("openclip"), tmp_path / "half.bin")
+    export_public(encoder, tmp_path / "half_again.bin", tmp_path / "half.bin")
+    again = tensors_of(tmp_path / "half_again.bin")
+    assert all(torch.equal(t, half[name]) and t.dtype == torch.half for name, t in again.items())
 
 
 def test_only_the_audio_tower_of_imagebind_is_read(monkeypatch):
@@ -407,19 +443,22 @@ def test_loading_is_strict(model, file, tmp_path):
     encoder = make(model)
     before = copy.deepcopy(encoder.state_dict())
     victim = [name for name in public_names(encoder, list(state)) if name in state and state[name].dim() > 1][-1]
+    extra = "visual.extra" if model == "openclip" else f"{victim}_extra"
     for change, message in [
         ({victim: None}, f"1 missing ({victim})"),
-        ({"visual.extra": torch.zeros(1)} if model == "openclip" else {f"{victim}_extra": torch.zeros(1)}, "1 unexpected ("),
+        ({extra: torch.zeros(1)}, "1 unexpected ("),
         ({victim: state[victim][:, 1:]}, f"1 wrong shape ({victim} "),
     ]:
         torch.save({name: t for name, t in {**state, **change}.items() if t is not None}, tmp_path / "bad.pth")
         with pytest.raises(ValueError, match=re.escape(message)):
             load_public(encoder, tmp_path / "bad.pth")
-    assert all(torch.equal(t, before[name]) for name, t in encoder.state_dict().items())     # not even the tensors that would have fitted
+    # Not even the tensors that would have fitted.
+    assert all(torch.equal(t, before[name]) for name, t in encoder.state_dict().items())
 
 
 def test_other_sizes_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"24 unexpected|12 unexpected .*resblocks\.2"):     # two blocks for a file of three
+    # Two blocks for a file of three.
+    with pytest.raises(ValueError, match=r"24 unexpected|12 unexpected .*resblocks\.2"):
         load_public(ViT(32, 8, 32, 2, 4), FIXTURES / "openclip/open_clip_model.safetensors")
     with pytest.raises(ValueError, match=r"conv1\.weight \[32, 3, 8, 8\], not \[32, 3, 16, 16\]"):
         load_public(ViT(32, 16, 32, 3, 4), FIXTURES / "openclip/open_clip_model.safetensors")
@@ -439,7 +478,8 @@ def test_files_that_are_something_else(tmp_path):
     old = tmp_path / "old.bin"
     torch.save(tensors_of(FIXTURES / "openclip/open_clip_pytorch_model.bin"), old, _use_new_zipfile_serialization=False)
     for name, content, message in [
-        ("pointer.bin", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 598641023\n", "Git LFS pointer"),
+        ("pointer.bin", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 598641023\n",
+         "Git LFS pointer"),
         ("page.bin", b"\n<!DOCTYPE html><html>", "web page"),
         ("cut.safetensors", whole[:-100], "cut short"), ("cut.bin", zipped[:-100], "cut short"),
         ("cut_old.bin", old.read_bytes()[:5000], "cut short"),
@@ -508,8 +548,11 @@ def test_download(server, monkeypatch, tmp_path):
     path = download("vit_b16", tmp_path)
     assert path == tmp_path / "vit_b16" / "whole.pth" and path.read_bytes() == b"weights" * 1000
     assert download("vit_b16", tmp_path) == path and server.served == 1     # the second time it is there
-    for url, sha256, reason in [(f"{address}/cut.pth", None, "got 3500 of 7000 bytes"), (f"{address}/none.pth", None, "404"),
-                                (f"{address}/whole.pth", "00000000", "invalid hash"), ("http://127.0.0.1:1/whole.pth", None, "refused")]:
+    for url, sha256, reason in [
+        (f"{address}/cut.pth", None, "got 3500 of 7000 bytes"), (f"{address}/none.pth", None, "404"),
+        (f"{address}/whole.pth", "00000000", "invalid hash"),
+        ("http://127.0.0.1:1/whole.pth", None, "refused"),
+    ]:
         monkeypatch.setitem(PUBLIC, "vit_b32", Public(url, 0.6, "MIT", sha256))
         with pytest.raises(ConnectionError, match=reason) as error:
             download("vit_b32", tmp_path)

@@ -1,4 +1,5 @@
-"""Eq. 2 and Eq. 3: what LoRA may change (nothing, at first; then A and B only), and the loss of the averaged prediction in float64."""
+"""Eq. 2: what LoRA may change (at first nothing, then A and B only). Eq. 3: the loss of the averaged
+prediction, against float64."""
 import copy
 import itertools
 import math
@@ -9,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from encoders import BERT, AudioViT, DeBERTa, ResNet, UnimodalModel, ViT, build
-from lora import KINDS, LoRAConv2d, LoRALinear, add_lora, lora_state_dict, mean_log_prob, mean_logits, mean_prob_loss, merge_lora
+from lora import (KINDS, LoRAConv2d, LoRALinear, add_lora, lora_state_dict, mean_log_prob, mean_logits,
+                  mean_prob_loss, merge_lora)
 
 TEXT = dict(vocab_size=60, width=32, depth=2, heads=4, mlp_width=64, max_length=16)
 LAYERS = {     # name -> (layer, shape of its input)
@@ -57,7 +59,7 @@ def shake(model):
     return model
 
 
-# ------------------------------------------------------------------------------------------------ Eq. 2: before and during training
+# ---- Eq. 2: before and during training ----
 @every_layer
 def test_a_layer_starts_where_it_was(kind):
     plain, lora, x = layer_of(kind)
@@ -69,7 +71,8 @@ def test_a_layer_starts_where_it_was(kind):
 @torch.no_grad()
 def test_a_model_starts_where_it_was(kind):
     plain, lora, x = model_of(kind)
-    assert torch.equal(lora(x), plain(x))     # though nothing of `lora` requires a gradient but A and B: see requires_grad in F.linear
+    # Though nothing of `lora` but A and B requires a gradient: F.linear chooses its kernel by that.
+    assert torch.equal(lora(x), plain(x))
     assert not torch.allclose(shake(lora)(x), plain(x), atol=1e-4)
 
 
@@ -86,7 +89,8 @@ def test_gradients_reach_A_and_B_only(kind):
 def test_frozen_means_bit_identical_buffers_included(kind):
     _, model, x = model_of(kind)
     before = copy.deepcopy(model.state_dict())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.5)     # every parameter, as a careless caller might
+    # Every parameter, as a careless caller might.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
     for _ in range(4):
         model.train()     # as careless
         optimizer.zero_grad()
@@ -108,16 +112,20 @@ def test_a_frozen_encoder_draws_nothing_at_random(kind):
     plain, model, x = model_of(kind)
     assert torch.equal(shake(model).train()(x), model.eval()(x))
     torch.manual_seed(1)
-    assert torch.equal(plain.train()(x), plain.eval()(x)) == (kind == "vit")     # the plain ones do draw, or use the batch's statistics
+    # The plain ones do draw, or use the statistics of the batch.
+    assert torch.equal(plain.train()(x), plain.eval()(x)) == (kind == "vit")
     head_only = model_of(kind, lora=False)[1].requires_grad_(False)     # a modality without LoRA is frozen, too
     assert torch.equal(head_only.train()(x), head_only.eval()(x))
 
 
-# ------------------------------------------------------------------------------------------------ Eq. 2: the update
+# ---- Eq. 2: the update ----
 @every_layer
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_update_is_scale_BA_of_rank_r(kind, scale):
-    """The additive forward against a convolution or product with W + scale BA, in float64; and the rank as a matrix (out, rest)."""
+    """The additive forward against a product or convolution with W + scale BA, in float64.
+
+    Also the rank of BA as a matrix (out, the rest).
+    """
     plain, lora, x = layer_of(kind, 2, scale)
     shake(lora)
     W, A, B = plain.weight.double(), lora.lora_A.double(), lora.lora_B.double()
@@ -138,8 +146,10 @@ def test_update_is_scale_BA_of_rank_r(kind, scale):
 def test_start_of_A_and_B():
     torch.manual_seed(0)
     for layer, fan_in in [(LoRALinear(nn.Linear(400, 30), 64), 400), (LoRAConv2d(nn.Conv2d(50, 30, (2, 4)), 64), 400)]:
-        A = layer.lora_A.detach() * math.sqrt(fan_in)     # 25,600 draws from N(0, 1): error of the mean 0.006, of the variance 0.009
-        assert abs(A.mean()) < 0.03 and abs(A.var() - 1) < 0.04 and abs((A ** 4).mean() - 3) < 0.3     # 4th moment: Gaussian, not uniform
+        # 25,600 draws from N(0, 1): the error of the mean is 0.006, of the variance 0.009.
+        # The fourth moment tells a Gaussian from a uniform distribution.
+        A = layer.lora_A.detach() * math.sqrt(fan_in)
+        assert abs(A.mean()) < 0.03 and abs(A.var() - 1) < 0.04 and abs((A ** 4).mean() - 3) < 0.3
         assert not layer.lora_B.any() and layer.lora_B.requires_grad and layer.lora_A.requires_grad
     state = torch.random.get_rng_state()
     one = LoRALinear(nn.Linear(5, 5), 2).lora_A
@@ -149,7 +159,7 @@ def test_start_of_A_and_B():
         assert LoRALinear(nn.Linear(5, 5, dtype=dtype), 1).lora_A.dtype == own     # bf16 could not hold the small steps
 
 
-# ------------------------------------------------------------------------------------------------ add_lora, merge_lora
+# ---- add_lora, merge_lora ----
 @pytest.mark.parametrize("name, parameters, layers", [
     ("vit_b16", 55_296, 36), ("vit_l14", 147_456, 72), ("audio_vit_b", 55_296, 36),
     ("bert_base", 55_296, 36), ("deberta_large", 147_456, 72)])
@@ -168,7 +178,8 @@ def test_every_convolution_of_a_resnet_gets_lora():
         model = UnimodalModel(build("resnet18"), 6)
         convolutions = [name for name, module in model.named_modules() if type(module) is nn.Conv2d]
         assert add_lora(model) == convolutions
-    assert len(convolutions) == 20 and "encoder.layer2.0.downsample.0" in convolutions and "encoder.conv1" in convolutions
+    assert len(convolutions) == 20
+    assert {"encoder.conv1", "encoder.layer2.0.downsample.0"} <= set(convolutions)
 
 
 def test_names_match_whole_parts():
@@ -233,11 +244,12 @@ def test_modes_never_change_weights(kind):
             assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
 
 
-# ------------------------------------------------------------------------------------------------ precision and cost
+# ---- precision and cost ----
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 @torch.no_grad()
 def test_small_updates_survive_bf16(kind):
-    """After Adam's first step B is 1e-4. Its effect, as a share of the true one (1 = all), in outputs that autocast rounds to bf16."""
+    """After Adam's first step B is 1e-4. How much of its effect is left in outputs that autocast
+    rounds to bf16? (1: all of it.)"""
     torch.manual_seed(0)
     if kind == "linear":
         base, x = nn.Linear(512, 512), torch.randn(2048, 512)
@@ -268,7 +280,8 @@ def test_autocast_does_not_round_the_update():
 
 
 def test_nothing_as_wide_as_the_output_is_kept_for_backward():
-    """The additive form keeps x and the r numbers a token; W0 + BA is never formed (its gradient would be a full weight)."""
+    """The additive form keeps x and the r numbers a token. W0 + BA is never formed: its gradient
+    would be a full weight."""
     layer, x, kept = LoRALinear(nn.Linear(64, 96), 2), torch.randn(10, 7, 64), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         layer(x)
@@ -276,7 +289,7 @@ def test_nothing_as_wide_as_the_output_is_kept_for_backward():
     assert sum(t.numel() for t in kept if t.data_ptr() not in own) == 10 * 7 * (64 + 2)
 
 
-# ------------------------------------------------------------------------------------------------ Eq. 3
+# ---- Eq. 3 ----
 def logits_of(M, B=7, C=5, scale=3.0, dtype=torch.float32):
     torch.manual_seed(M)
     logits = {f"modality{m}": (scale * torch.randn(B, C)).to(dtype) for m in range(M)}
@@ -289,7 +302,11 @@ def naive(logits, target):
     B, C, M = len(z[0]), len(z[0][0]), len(z)
     p = [[0.0] * C for _ in range(B)]
     for m, b, c in itertools.product(range(M), range(B), range(C)):
-        p[b][c] += (math.exp(z[m][b][c]) / sum(math.exp(v) for v in z[m][b]) if target.ndim == 1 else 1 / (1 + math.exp(-z[m][b][c]))) / M
+        if target.ndim == 1:
+            P = math.exp(z[m][b][c]) / sum(math.exp(v) for v in z[m][b])
+        else:
+            P = 1 / (1 + math.exp(-z[m][b][c]))
+        p[b][c] += P / M
     if target.ndim == 1:
         return p, -sum(math.log(p[b][y]) for b, y in enumerate(target.tolist())) / B
     return p, -sum(math.log(p[b][c] if target[b, c] else 1 - p[b][c]) for b in range(B) for c in range(C)) / (B * C)
@@ -301,7 +318,8 @@ def test_loss_against_a_naive_loop(M, dtype):
     logits, y, multi = logits_of(M, dtype=dtype)
     p, loss = naive(logits, y)
     assert mean_log_prob(logits).dtype == torch.float32
-    torch.testing.assert_close(mean_log_prob(logits).exp().double(), torch.tensor(p, dtype=torch.float64), rtol=1e-5, atol=1e-7)
+    ours = mean_log_prob(logits).exp().double()
+    torch.testing.assert_close(ours, torch.tensor(p, dtype=torch.float64), rtol=1e-5, atol=1e-7)
     assert float(mean_prob_loss(logits, y)) == pytest.approx(loss, rel=1e-5)
     for target in (multi, multi.long(), multi.bool(), multi.float()):
         assert float(mean_prob_loss(logits, target)) == pytest.approx(naive(logits, multi)[1], rel=1e-5)
@@ -323,9 +341,11 @@ def test_loss_of_extreme_logits_is_finite(M):
         gradients = torch.autograd.grad(loss, list(logits.values()))
         assert loss.isfinite() and all(g.isfinite().all() for g in gradients) and any(g.any() for g in gradients)
     sure = {"right": torch.tensor([[1000.0, -1000.0]]), "wrong": torch.tensor([[-1000.0, 1000.0]])}
-    assert float(mean_prob_loss(sure, torch.tensor([0]))) == pytest.approx(math.log(2))     # one that is sure costs log 2 at most
+    # One modality that is sure and wrong costs log 2 at most, if another is sure and right.
+    assert float(mean_prob_loss(sure, torch.tensor([0]))) == pytest.approx(math.log(2))
     sure["right"] = sure["wrong"]
-    assert float(mean_prob_loss(sure, torch.tensor([0]))) == pytest.approx(2000)            # exp(-2000) is 0 in float32 and in float64
+    # exp(-2000) is 0 in float32 and in float64.
+    assert float(mean_prob_loss(sure, torch.tensor([0]))) == pytest.approx(2000)
     assert float(mean_prob_loss(sure, torch.tensor([[1, 0]]))) == pytest.approx(1000)
 
 
@@ -351,7 +371,8 @@ def test_order_of_modalities_does_not_matter():
 def test_mean_logits_is_the_other_average():
     logits, y, multi = logits_of(3)
     ours, mean = mean_logits(logits), sum(z.double() for z in logits.values()) / 3
-    for found, wanted in [(mean_log_prob(ours), mean.log_softmax(-1)), (mean_prob_loss(ours, y), F.cross_entropy(mean, y)),
+    for found, wanted in [(mean_log_prob(ours), mean.log_softmax(-1)),
+                          (mean_prob_loss(ours, y), F.cross_entropy(mean, y)),
                           (mean_prob_loss(ours, multi), F.binary_cross_entropy_with_logits(mean, multi.double()))]:
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(mean_log_prob(mean_logits(logits)), mean_log_prob(logits), atol=0.1)

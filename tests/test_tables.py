@@ -1,7 +1,13 @@
-"""paper_tables.py: which run fills which cell, by hand-made folders; the commands for the rest, run; the picture."""
+"""`python -m paper.tables`: which run fills which cell, the commands for the rest, the picture.
+
+What fills a cell is tested with folders made by hand; the commands are run on small toys.
+"""
+import argparse
 import json
+import os
 import re
-import runpy
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,245 +15,517 @@ from types import SimpleNamespace
 
 import pytest
 
-import data
-import evaluate
-import paper
-import paper_tables
-import train_unimodal
+from harness import fingerprint
+from paper import results, tables
+from running import ROOT, call, error, result
 
-ROOT = Path(__file__).parents[1]
-
-
-def call(*words):
-    """`python evaluate.py words`, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
-        evaluate.main()
+VIT = {"audio": "audio_vit_b", "visual": "vit_b16"}
+RESNET = {"audio": "resnet18", "visual": "resnet18"}
+BOTH = ["audio", "visual"]
 
 
-VIT, RESNET = {"audio": "audio_vit_b", "visual": "vit_b16"}, {"audio": "resnet18", "visual": "resnet18"}
-
-
-def write(out, dataset, name, result=None, probe=None, **settings):
-    """A run's folder, hand-made."""
+# ---------------------------------------------------------------------------- runs made by hand
+def write(out, dataset, name, result=None, probe=None, code=None, **settings):
+    """The folder of a run. code: the fingerprint of its code, file -> hash."""
     folder = out / dataset / name
     folder.mkdir(parents=True)
-    settings = dict(dict(dataset=dataset, seed=int(name[-1])), **settings)
-    (folder / "config.json").write_text(json.dumps(dict(settings=settings)))
+    made = dict(version=fingerprint.VERSION, python=fingerprint.python_version(), code=code or {},
+                data="", data_folder=str(out / "no data"))
+    settings = dict(dataset=dataset, seed=int(name[-1])) | settings
+    (folder / "config.json").write_text(json.dumps(dict(settings=settings, fingerprint=made)))
     if result is not None:
-        (folder / "result.json").write_text(json.dumps(dict(fusion=settings.get("fusion"), **result)))
+        (folder / "result.json").write_text(json.dumps(result))
     if probe is not None:
-        (folder / "probe.json").write_text(json.dumps({m: dict(test=dict(accuracy=v)) for m, v in probe.items()}))
+        scores = {m: dict(test=dict(accuracy=v)) for m, v in probe.items()}
+        (folder / "probe.json").write_text(json.dumps(scores))
+    return folder
 
 
-def unimodal(out, dataset, modality, seed, accuracy, encoder, pretrained=None, probe=None, tag=""):
-    write(out, dataset, f"unimodal-{modality}{tag}-s{seed}", dict(test={modality: dict(accuracy=accuracy)}), probe, method="unimodal", modality=modality,
-          encoder=encoder, pretrained=pretrained or encoder)
+def unimodal(out, dataset, modality, seed, accuracy, encoder, pretrained=None, tag="", **more):
+    write(out, dataset, f"unimodal-{modality}{tag}-s{seed}",
+          dict(test={modality: dict(accuracy=accuracy)}), method="unimodal", modality=modality,
+          encoder=encoder, pretrained=pretrained or encoder, **more)
 
 
-def joint(out, dataset, name, accuracy, ume=None, method="mmlora", lora=("audio", "visual"), rank=1, encoders=VIT, fusion="prob", base="", probe=None, **more):
+def joint(out, dataset, name, accuracy, ume=None, method="mmlora", lora=BOTH, rank=1, encoders=VIT,
+          fusion="prob", base="", **more):
     """accuracy: of the fusion that it was trained with; the other one's is 0.1."""
-    result = dict(test={"prob": dict(accuracy=0.1), "logits": dict(accuracy=0.1)} | {fusion: dict(accuracy=accuracy)})
+    scores = dict(test=dict(prob=dict(accuracy=0.1), logits=dict(accuracy=0.1)))
+    scores["test"][fusion] = dict(accuracy=accuracy)
     if ume:
-        result["ume"] = dict(test={"prob": dict(accuracy=ume), "logits": dict(accuracy=0.1)})
-    if method == "mmlora":
+        scores["ume"] = dict(test=dict(prob=dict(accuracy=ume), logits=dict(accuracy=0.1)))
+    if method != "no-umft":
         more["unimodal"] = {m: dict(run=f"unimodal-{m}{base}-s{name[-1]}") for m in encoders}
-    write(out, dataset, name, result, probe, method=method, encoders=encoders, fusion=fusion, **more,
-          **(dict(lora=sorted(lora), rank=rank) if method in ("mmlora", "no-umft") else {}))
+    if method != "full":
+        more |= dict(lora=sorted(lora), rank=rank)
+    more |= dict(method=method, encoders=encoders, fusion=fusion)
+    return write(out, dataset, name, scores, **more)
+
+
+def baseline(out, dataset, name, accuracy, method, encoders=VIT, start=None, probe=None):
+    """A run of a method with a head of its own."""
+    pretrained = dict(encoders) if start is None else dict.fromkeys(encoders, start)
+    write(out, dataset, name, dict(test=dict(joint=dict(accuracy=accuracy))), probe, method=method,
+          encoders=encoders, fusion="joint", pretrained=pretrained)
+
+
+def arguments(number, out, toy=None):
+    return SimpleNamespace(number=number, dataset=toy, out=str(out))
 
 
 def filled(number, out, toy=None):
     """(row, column) -> seed -> numbers, of the cells that are not empty."""
-    cells = {(row, column): cell for row, columns in paper_tables.table_cells(number, toy).items() for column, cell in columns.items()}
-    found = {(re.sub(" +", " ", row), column): paper_tables.numbers(cell, paper_tables.matches(cell, out)) for (row, column), cell in cells.items()}
-    return {where: {s: tuple(round(v, 6) for v in values) for s, values in f.items()} for where, f in found.items() if f}
+    args = arguments(number, out, toy)
+    runs, unreadable = tables.read_runs(args)
+    assert not unreadable
+    found = {}
+    for row in tables.rows_of(args):
+        for cell in row:
+            label = ", ".join(filter(None, [cell.row, cell.backbone, cell.start]))
+            for seed, values in tables.numbers(cell, runs).items():
+                values = tuple(round(v, 6) for v in values)
+                found.setdefault((label, cell.column), {})[seed] = values
+    return found
 
 
 def test_only_the_run_that_a_cell_asks_for_fills_it(tmp_path):
+    runs, scratch = tmp_path / "runs", tmp_path / "runs-scratch"
     for seed in (0, 1):
         for m, encoder in VIT.items():
-            unimodal(tmp_path, "ave", m, seed, 0.8, encoder)
-            unimodal(tmp_path, "ave", m, seed, 0.5, "resnet18", tag="-scratch", pretrained="none")
-            unimodal(tmp_path, "ave", m, seed, 0.6, "resnet18", tag="-resnet18")
-        joint(tmp_path, "ave", f"mmlora-all-r1-s{seed}", 0.96 + seed / 100, ume=0.95)
-    joint(tmp_path, "ave", "mmlora-audio-r1-s0", 0.2, lora=["audio"], ume=0.95)
-    joint(tmp_path, "ave", "mmlora-all-r4-s0", 0.3, rank=4, ume=0.95)
-    joint(tmp_path, "ave", "mmlora-all-r1-logits-s2", 0.4, fusion="logits", ume=0.94)
-    joint(tmp_path, "kinetics_sound", "mmlora-all-r1-logits-s0", 0.4, fusion="logits", ume=0.9)
-    joint(tmp_path, "ave", "no-umft-all-r1-s0", 0.5, method="no-umft", pretrained=dict(VIT))
-    joint(tmp_path, "ave", "full-s0", 0.6, method="full", ume=0.95)
-    joint(tmp_path, "ave", "mmlora-all-r1-resnet18-s0", 0.7, encoders=RESNET, ume=0.65, base="-resnet18")      # ImageNet, where Table 5 has none
-    joint(tmp_path, "ave", "mmlora-all-r1-resnet18-scratch-s0", 0.75, encoders=RESNET, ume=0.72, base="-scratch")
-    joint(tmp_path, "ave", "no-umft-all-r1-none-s0", 0.55, method="no-umft", pretrained=dict.fromkeys(VIT, "none"))
-    joint(tmp_path, "ave", "mmlora-all-r1-lr-s3", 0.9, lr=1)                # a learning rate tried with fewer seeds
-    joint(tmp_path, "ave", "separate-all-r1-s0", 0.1, method="separate", ume=0.95)      # the control is no MMLoRA, though it holds the same ensemble
-    write(tmp_path, "ave", "mmlora-unfinished-s5", method="mmlora", encoders=VIT, lora=["audio", "visual"], rank=1, fusion="prob", unimodal={})
-    write(tmp_path, "ave", "concat-s0", dict(test={"joint": dict(accuracy=0.91)}), method="concat", encoders=VIT, pretrained=dict(VIT), fusion="joint")
-    write(tmp_path, "ave", "ogm_ge-s0", dict(test={"prob": dict(accuracy=0.92)}), method="ogm_ge", encoders=VIT, fusion="prob")
-    write(tmp_path, "ave", "ogm_ge-scratch-s0", dict(test={"joint": dict(accuracy=0.73)}), method="ogm_ge", encoders=RESNET, pretrained="none")
-    write(tmp_path, "ave", "pmr-s0", dict(test={"joint": dict(accuracy=0.74)}), method="pmr", encoders=RESNET)             # says nothing of its start
-    assert filled(5, tmp_path) == {
-        ("OGM-GE ResNet18/ResNet18", "AVE"): {0: (73.0,)},
-        ("UME* ResNet18/ResNet18", "AVE"): {0: (72.0,)},
-        ("MMLoRA (ours) ResNet18/ResNet18", "AVE"): {0: (75.0,)},
-        ("Multi-Modal Baseline* ViT-B/ViT-B", "AVE"): {0: (91.0,)},
-        ("OGM-GE* ViT-B/ViT-B", "AVE"): {0: (92.0,)},
-        ("UME* ViT-B/ViT-B", "AVE"): {0: (95.0,), 1: (95.0,), 2: (94.0,)},                # seed 2: its run averages logits, its ensemble does not
-        ("UME* ViT-B/ViT-B", "KS"): {0: (90.0,)},
-        ("Fully Fine-tuned UME* ViT-B/ViT-B", "AVE"): {0: (60.0,)},
-        ("MMLoRA (ours) ViT-B/ViT-B", "AVE"): {0: (96.0,), 1: (97.0,)},
+            unimodal(runs, "ave", m, seed, 0.8, encoder)
+            unimodal(runs, "ave", m, seed, 0.6, "resnet18", tag="-resnet18")
+            unimodal(scratch, "ave", m, seed, 0.5, "resnet18", pretrained="none", tag="-resnet18")
+        joint(runs, "ave", f"mmlora-all-r1-s{seed}", 0.96 + seed / 100, ume=0.95)
+    joint(runs, "ave", "mmlora-audio-r1-s0", 0.2, lora=["audio"], ume=0.95)
+    joint(runs, "ave", "mmlora-all-r4-s0", 0.3, rank=4, ume=0.95)
+    joint(runs, "ave", "logits-all-r1-s2", 0.4, method="logits", fusion="logits", ume=0.94)
+    joint(runs, "kinetics_sound", "logits-all-r1-s0", 0.4, method="logits", fusion="logits",
+          ume=0.9)
+    joint(runs, "ave", "no-umft-all-r1-s0", 0.5, method="no-umft", pretrained=dict(VIT))
+    joint(runs, "ave", "no-umft-all-r1-none-s1", 0.55, method="no-umft",
+          pretrained=dict.fromkeys(VIT, "none"))
+    joint(runs, "ave", "full-s0", 0.6, method="full", ume=0.95)
+    for out, accuracy, ume in ((runs, 0.7, 0.65), (scratch, 0.75, 0.72)):
+        joint(out, "ave", "mmlora-all-r1-audio-resnet18-visual-resnet18-s0", accuracy, ume=ume,
+              encoders=RESNET, base="-resnet18")
+    joint(runs, "ave", "mmlora-all-r1-lr-s3", 0.9, lr=1)        # tried with fewer seeds
+    joint(runs, "ave", "separate-all-r1-s0", 0.1, method="separate", ume=0.95)
+    unfinished = joint(runs, "ave", "mmlora-unfinished-s5", 0.99)
+    (unfinished / "result.json").unlink()
+    baseline(runs, "ave", "concat-s0", 0.91, "concat")
+    baseline(runs, "ave", "ogm_ge-s0", 0.92, "ogm_ge")
+    baseline(scratch, "ave", "ogm_ge-s0", 0.73, "ogm_ge", RESNET, start="none")
+    baseline(runs, "ave", "pmr-s0", 0.74, "pmr", RESNET)        # the paper quotes it from scratch
+    resnets = "ResNet18/ResNet18, public weights", "ResNet18/ResNet18, random weights"
+    three = {0: (95.0,), 1: (95.0,), 2: (94.0,)}        # seed 2: of the run on averaged logits
+    two = {0: (96.0,), 1: (97.0,)}
+    assert filled(5, runs) == {
+        (f"OGM-GE, {resnets[1]}", "AVE"): {0: (73.0,)},
+        (f"UME*, {resnets[0]}", "AVE"): {0: (65.0,)},
+        (f"UME*, {resnets[1]}", "AVE"): {0: (72.0,)},
+        (f"MMLoRA (ours), {resnets[0]}", "AVE"): {0: (70.0,)},
+        (f"MMLoRA (ours), {resnets[1]}", "AVE"): {0: (75.0,)},
+        ("Multi-Modal Baseline*, ViT-B/ViT-B", "AVE"): {0: (91.0,)},
+        ("OGM-GE*, ViT-B/ViT-B", "AVE"): {0: (92.0,)},
+        ("UME*, ViT-B/ViT-B", "AVE"): three,
+        ("UME*, ViT-B/ViT-B", "KS"): {0: (90.0,)},
+        ("Fully Fine-tuned UME*, ViT-B/ViT-B", "AVE"): {0: (60.0,)},
+        ("MMLoRA (ours), ViT-B/ViT-B", "AVE"): two,
     }
-    assert filled(9, tmp_path) == {("MMLoRA", "AVE Audio"): {0: (20.0,)}, ("MMLoRA", "AVE Both"): {0: (96.0,), 1: (97.0,)}}
-    assert filled(10, tmp_path) == {("AVE", "UME"): {0: (95.0,), 1: (95.0,), 2: (94.0,)}, ("Kinetics-Sound", "UME"): {0: (90.0,)},
-                                    ("AVE", "1"): {0: (96.0,), 1: (97.0,)}, ("AVE", "4"): {0: (30.0,)}}
-    assert filled(13, tmp_path) == {("MMLoRA (w/o UMFT)", "AVE"): {0: (50.0,)}, ("MMLoRA (w UMFT)", "AVE"): {0: (96.0,), 1: (97.0,)}}
-    both = {0: (80.0,), 1: (80.0,)}
-    assert filled(1, tmp_path) == {("Fine-tuned Visual Model", "AVE"): both, ("Fine-tuned Audio / Language Model", "AVE"): both}
+    assert filled(9, runs) == {("MMLoRA", "AVE Audio"): {0: (20.0,)}, ("MMLoRA", "AVE Both"): two}
+    assert filled(10, runs) == {
+        ("AVE", "UME"): three, ("Kinetics-Sound", "UME"): {0: (90.0,)},
+        ("AVE", "1"): two, ("AVE", "4"): {0: (30.0,)}}
+    assert filled(13, runs) == {
+        ("MMLoRA (w/o UMFT)", "AVE"): {0: (50.0,)}, ("MMLoRA (w UMFT)", "AVE"): two}
+    alone = {0: (80.0,), 1: (80.0,)}
+    assert filled(1, runs) == {("Fine-tuned Visual Model", "AVE"): alone,
+                               ("Fine-tuned Audio / Language Model", "AVE"): alone}
+
+
+def test_a_run_whose_step_1_is_gone_still_counts_where_the_start_is_not_the_question(tmp_path):
+    joint(tmp_path, "ave", "mmlora-all-r1-s0", 0.9, ume=0.8)
+    joint(tmp_path, "ave", "mmlora-all-r1-audio-resnet18-visual-resnet18-s0", 0.9, encoders=RESNET)
+    assert filled(5, tmp_path) == {("UME*, ViT-B/ViT-B", "AVE"): {0: (80.0,)},
+                                   ("MMLoRA (ours), ViT-B/ViT-B", "AVE"): {0: (90.0,)}}
 
 
 def test_probes_fill_tables_3_4_and_8(tmp_path):
     for m, encoder in VIT.items():
         unimodal(tmp_path, "ave", m, 0, 0.8, encoder, probe={m: 0.81})
-        write(tmp_path, "ave", f"probe-{m}-s0", probe={m: 0.7}, method="pretrained", modality=m, encoder=encoder, pretrained=encoder)
-        write(tmp_path, "ave", f"probe-{m}-s1", probe={m: 0.1}, method="pretrained", modality=m, encoder=encoder, pretrained="none")
-    joint(tmp_path, "ave", "mmlora-all-r1-s0", 0.9, probe=dict(visual=0.84))
-    joint(tmp_path, "ave", "mmlora-audio-r1-s0", 0.9, lora=["audio"], probe=dict(visual=0.2, audio=0.2))
-    write(tmp_path, "ave", "concat-s0", dict(test={"joint": dict(accuracy=0.91)}), dict(visual=0.77, audio=0.78), method="concat", encoders=VIT)
+        for seed, accuracy, start in ((0, 0.7, encoder), (1, 0.1, "none")):
+            write(tmp_path, "ave", f"probe-{m}-s{seed}", probe={m: accuracy}, method="pretrained",
+                  modality=m, encoder=encoder, pretrained=start)
+    for name, lora, probe in (("all", BOTH, {"visual": 0.84}),
+                              ("audio", ["audio"], {"visual": 0.2, "audio": 0.2})):
+        joint(tmp_path, "ave", f"mmlora-{name}-r1-s0", 0.9, lora=lora, probe=probe)
+    baseline(tmp_path, "ave", "concat-s0", 0.91, "concat", probe=dict(visual=0.77, audio=0.78))
     tuned = {("Uni-Modal Fine-Tuned", f"AVE {which}"): {0: (81.0,)} for which in ("RGB", "Audio")}
-    assert filled(3, tmp_path) == tuned | {("Multi-Modal Training", "AVE RGB"): {0: (77.0,)}, ("Multi-Modal Training", "AVE Audio"): {0: (78.0,)}}
+    assert filled(3, tmp_path) == tuned | {("Multi-Modal Training", "AVE RGB"): {0: (77.0,)},
+                                           ("Multi-Modal Training", "AVE Audio"): {0: (78.0,)}}
     assert filled(8, tmp_path) == tuned | {("MMLoRA (ours)", "AVE RGB"): {0: (84.0,)}}
-    assert filled(4, tmp_path) == {("linear eval", f"AVE {which}"): {0: (70.0,)} for which in ("RGB", "Audio")} | {
-        ("fine-tuning", f"AVE {which}"): {0: (80.0,)} for which in ("RGB", "Audio")}
+    assert filled(4, tmp_path) == {
+        ("linear eval", "AVE RGB"): {0: (70.0,)}, ("linear eval", "AVE Audio"): {0: (70.0,)},
+        ("fine-tuning", "AVE RGB"): {0: (80.0,)}, ("fine-tuning", "AVE Audio"): {0: (80.0,)}}
 
 
 def test_f1_pairs(tmp_path):
-    encoders = {"visual": "vit_l14", "text": "deberta_large"}
-    write(tmp_path, "mm_imdb", "mmlora-s0", dict(test={"prob": dict(f1_micro=0.7, f1_macro=0.6)}), method="mmlora", encoders=encoders, fusion="prob",
-          lora=["text", "visual"], rank=1, unimodal={m: dict(run="gone") for m in encoders})
-    assert filled(6, tmp_path) == {("MMLoRA (ours) Table 2", "MM-IMDB"): {0: (70.0, 60.0)}}
-
-
-def test_print_of_table_5(tmp_path, capsys):
-    for dataset, accuracy in (("ave", 0.95), ("kinetics_sound", 0.9), ("crema_d", 0.88)):
-        for seed in (0, 1, 2) if dataset == "ave" else (0,):
-            joint(tmp_path, dataset, f"mmlora-s{seed}", accuracy + (seed - 1) / 100 * (dataset == "ave"), lora=["audio"] if dataset == "crema_d" else ["audio", "visual"])
-    joint(tmp_path, "ave", "full-s0", 0.9, method="full")
-    call("--table", 5, "--out", tmp_path)
-    table, commands = capsys.readouterr().out.split("\n\n")[1::2]
-    lines = [re.split("  +", line.strip()) for line in table.splitlines()]
-    assert lines[0] == ["AVE", "KS", "CREMA-D", "Avg Acc."]
-    assert lines[1] == ["G-Blending", "ResNet18/ResNet18 (quoted)", "65.5", "62.2", "58.7", "62.1"]
-    assert lines[-2:] == [["MMLoRA (ours)", "ViT-B/ViT-B", "96.2", "91.4", "88.6", "92.1"], ["ours", "95.0 +- 1.0 (3)", "90.0 (1)", "88.0 (1)", "91.0"]]
-    assert lines[-3] == ["ours", "90.0 (1)"] and len(lines) == 1 + 2 * 12                    # no mean of one
-    commands = commands.splitlines()
-    here = f" --out {tmp_path}"
-    assert len(commands) == len(set(commands)) and all(here in line for line in commands)
-    assert f"python train_joint.py --dataset kinetics_sound --tune full{here}" in commands and f"python train_joint.py --dataset ave --tune full{here}" not in commands
-    assert f"python -m baselines.mbt --dataset ave{here}     # quoted" in commands and f"python -m baselines.concat --dataset ave{here}" in commands
-    assert f"python train_joint.py --dataset ave --lora all{here}" in commands               # filled for MMLoRA, but these runs hold no UME
-
-
-@pytest.mark.parametrize("number", paper.TABLES)
-def test_every_empty_cell_has_its_command(number, tmp_path, capsys):
-    call("--table", number, "--out", "runs")
-    printed = capsys.readouterr().out
-    commands = {line.removesuffix("     # quoted") for line in printed.splitlines() if line.startswith("python")}
-    assert commands == {paper.commands(cell) for row in paper.cells(number) for cell in row} - {""}
-    assert ("# quoted" in printed) == any(cell.quoted and paper.commands(cell) for row in paper.cells(number) for cell in row)
-
-
-@pytest.mark.parametrize("number, columns, count", [
-    (1, ["toy"], 2), (3, ["toy RGB", "toy Audio"], 2), (4, ["toy RGB", "toy Audio"], 2), (5, ["toy"], 9), (8, ["toy RGB", "toy Audio"], 2),
-    (9, ["toy RGB", "toy Audio", "toy Both"], 1), (10, ["UME", "1", "2", "4", "8", "64"], 1), (13, ["toy"], 2)])
-def test_tables_asked_of_the_toy(number, columns, count):
-    table = paper_tables.table_cells(number, "toy")
-    assert len(table) == count and all(list(row) == columns for row in table.values())
-    for cell in (cell for row in table.values() for cell in row.values()):
-        assert cell.paper is None and not cell.quoted and cell.encoders.items() <= paper.encoders_for("toy").items()
-        assert "--dataset toy" in paper.commands(cell) and not {"--encoder", "--pretrained"} & set(paper.commands(cell).split())
+    folder = joint(tmp_path, "mm_imdb", "mmlora-all-r1-s0", 0, lora=["text", "visual"],
+                   encoders={"visual": "vit_l14", "text": "deberta_large"})
+    scores = dict(test={"prob": dict(f1_micro=0.7, f1_macro=0.6)})
+    (folder / "result.json").write_text(json.dumps(scores))
+    assert filled(6, tmp_path) == {("MMLoRA (ours), Table 2", "MM-IMDB"): {0: (70.0, 60.0)}}
 
 
 def test_of_several_learning_rates_the_best_on_validation(tmp_path):
-    for lr, val, loss, test in ((1e-3, 0.8, 0.5, 0.9), (2e-3, 0.8, 0.4, 0.6), (5e-3, 0.75, 0.3, 0.95)):      # of equals the lower loss, as `train_unimodal.tuned`
+    tried = ((1e-3, 0.8, 0.5, 0.9), (2e-3, 0.8, 0.4, 0.6), (5e-3, 0.75, 0.3, 0.95))
+    for lr, val, loss, test in tried:
         for seed in (0, 1):
-            write(tmp_path, "ave", f"ogm_ge-lr{lr}-s{seed}", dict(val={"joint": dict(accuracy=val, loss=loss)}, test={"joint": dict(accuracy=test)}),
-                  method="ogm_ge", encoders=VIT, pretrained=dict(VIT), lr=lr, fusion="joint")
-            write(tmp_path, "ave", f"ogm_ge-conv-only-lr{lr}-s{seed}", dict(val={"joint": dict(accuracy=0.99)}, test={"joint": dict(accuracy=0.1)}),
-                  method="ogm_ge", encoders=VIT, pretrained=dict(VIT), lr=lr, fusion="joint", conv_only=True)      # another method, by its options
-    assert filled(5, tmp_path) == {("OGM-GE* ViT-B/ViT-B", "AVE"): {0: (60.0,), 1: (60.0,)}}
+            scores = dict(val={"joint": dict(accuracy=val, loss=loss)},
+                          test={"joint": dict(accuracy=test)})
+            settings = dict(method="ogm_ge", encoders=VIT, pretrained=VIT, fusion="joint", lr=lr)
+            write(tmp_path, "ave", f"ogm_ge-lr{lr}-s{seed}", scores, **settings)
+            better = dict(val={"joint": dict(accuracy=0.99, loss=0)}, test=scores["test"])
+            write(tmp_path, "ave", f"ogm_ge-conv-only-lr{lr}-s{seed}", better, **settings,
+                  options=dict(conv_only=True))         # another method, by its options
+    assert filled(5, tmp_path) == {("OGM-GE*, ViT-B/ViT-B", "AVE"): {0: (60.0,), 1: (60.0,)}}
 
 
-# ------------------------------------------------------------------------------------------------ from commands to runs to tables, on the toy
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory):
-    """A folder with small toys under data/, where the real scripts find them, and uni-modal models of one epoch."""
-    folder = tmp_path_factory.mktemp("tables")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(data, "TOY_SIZES", {"train": 64, "val": 36, "test": 48})
-        for modality in ("audio", "visual"):
-            patch.setattr(sys, "argv", ["", "--modality", modality, "--epochs", "1", "--seeds", "0", "1"])
-            train_unimodal.main()
-    return folder
+# ---------------------------------------------------------------------------- in a terminal
+def blocks(printed):
+    """The blocks of a printed table, each a list of lines of words."""
+    found = []
+    for block in printed.split("\n\n"):
+        if block.startswith("    "):            # the headings of the columns
+            found.append([re.split("  +", line.strip()) for line in block.splitlines()])
+    return found
 
 
-def in_this_process(words, env=None, _run=subprocess.run, **options):
+def commands(printed):
+    return [line for line in printed.splitlines() if line.startswith("python")]
+
+
+def test_print_of_table_5(tmp_path):
+    for seed in (0, 1, 2):
+        joint(tmp_path, "ave", f"mmlora-all-r1-s{seed}", 0.94 + seed / 100)
+    joint(tmp_path, "kinetics_sound", "mmlora-all-r1-s0", 0.9)
+    joint(tmp_path, "crema_d", "mmlora-audio-r1-s0", 0.88, lora=["audio"])
+    joint(tmp_path, "ave", "full-s0", 0.9, method="full")
+    printed = call("paper.tables", 5, out=tmp_path)
+    [lines] = blocks(printed)
+    assert lines[:4] == [["AVE", "KS", "CREMA-D", "Avg Acc."],
+                         ["G-Blending, ResNet18/ResNet18 (quoted)"],
+                         ["paper", "65.5", "62.2", "58.7", "62.1"], ["ours, random weights"]]
+    assert lines[-6:] == [["Fully Fine-tuned UME*, ViT-B/ViT-B"],
+                          ["paper", "95.2", "91.3", "87.5", "91.3"],
+                          ["ours", "90.0 (1)"],                             # no mean of one
+                          ["MMLoRA (ours), ViT-B/ViT-B"],
+                          ["paper", "96.2", "91.4", "88.6", "92.1"],
+                          ["ours", "95.0 +- 1.0 (3)", "90.0 (1)", "88.0 (1)", "91.0"]]
+    assert len(lines) == 1 + 3 * 12 + 2
+    found, here = commands(printed), f" --out {tmp_path}"
+    assert len(found) == len(set(found)) and all(here in line for line in found)
+    assert f"python -m baselines.full_ume --dataset kinetics_sound{here}" in found
+    assert f"python -m baselines.full_ume --dataset ave{here}" not in found
+    assert f"python -m baselines.mbt --dataset ave{here}     # quoted" in found
+    assert f"python train_joint.py --dataset ave --lora all{here}" in found     # for UME
+
+
+def test_both_starts_of_the_resnets_of_table_5(tmp_path):
+    """One of them is a row of its own, with commands that keep its runs apart."""
+    out = tmp_path / "mine"
+    scratch = tmp_path / "mine-scratch"
+    for where, start, accuracy in ((out, "resnet18", 0.7), (scratch, "none", 0.6)):
+        for m in RESNET:
+            unimodal(where, "ave", m, 0, 0.5, "resnet18", pretrained=start, tag="-resnet18")
+        joint(where, "ave", "mmlora-all-r1-audio-resnet18-visual-resnet18-s0", accuracy,
+              encoders=RESNET, base="-resnet18")
+    printed = call("paper.tables", 5, out=f"{out}/")
+    [lines] = blocks(printed)
+    at = lines.index(["MMLoRA (ours), ResNet18/ResNet18"])
+    assert lines[at + 1:at + 4] == [["paper", "86.9", "79.4", "81.9", "82.7"],
+                                    ["ours, public weights", "70.0 (1)"],
+                                    ["ours, random weights", "60.0 (1)"]]
+    ks = ("python train_joint.py --dataset kinetics_sound --lora all"
+          " --encoder audio=resnet18 visual=resnet18")
+    assert f"{ks} --out {out}" in commands(printed)
+    assert f"{ks} --pretrained none --out {out}-scratch" in commands(printed)
+    for line in commands(printed):
+        assert ("--pretrained none" in line) == ("-scratch" in line)
+    assert f"random weights go to {out}-scratch" in printed
+    assert "--pretrained none --out runs-scratch" in call("paper.tables", 5)
+    assert "scratch" not in call("paper.tables", 10)
+
+
+@pytest.mark.parametrize("number", results.TABLES)
+def test_tables_fit_the_terminal_and_lose_nothing(number, tmp_path):
+    printed = call("paper.tables", number, out=tmp_path)
+    lines = [line for line in printed.splitlines() if not line.startswith("python")]
+    assert max(map(len, lines)) <= 80 + len(str(tmp_path))
+    assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80
+    shown, wanted = [], []
+    for block in blocks(printed):
+        for first, *words in block:
+            shown += words if first == "paper" else []
+    for row in results.cells(number):
+        if row[0].start != results.PUBLIC_WEIGHTS:
+            wanted += [" / ".join(map(str, cell.paper or "-")) for cell in row]
+    assert sorted(shown) == sorted(wanted)
+    paper = [first for first, *_ in blocks(printed)[0] if first == "paper"]
+    assert len(paper) == len(results.TABLES[number]["rows"])
+
+
+@pytest.mark.parametrize("number", results.TABLES)
+def test_every_empty_cell_has_its_command(number):
+    printed = call("paper.tables", number, out="runs")
+    found = set()
+    for line in commands(printed):
+        line = line.removesuffix("     # quoted").removesuffix(" --out runs-scratch")
+        found |= set(line.split(" && "))
+    wanted = set()
+    for row in results.cells(number):
+        for cell in row:
+            before = results.trained_before(cell)
+            wanted |= {results.command(cell), results.command(before) if before else ""}
+    assert found == wanted - {""}
+    quoted = {results.command(c) for row in results.cells(number) for c in row if c.quoted} - {""}
+    assert ("# quoted" in printed) == bool(quoted)
+
+
+def test_commands_carry_the_options_of_the_table(tmp_path):
+    printed = call("paper.tables", 8, "--seeds", 3, 4, "--device", "cuda:1", out=tmp_path,
+                   root="/somewhere else")
+    where = "--data-root '/somewhere else' --device cuda:1"
+    training = f"python train_joint.py --dataset crema_d --lora all --out {tmp_path} --seeds 3 4"
+    probe = "python evaluate.py --probe --run RUN"
+    assert f"{training} {where} && {probe} {where}" in commands(printed)
+    unimodal(tmp_path, "ave", "visual", 3, 0.8, "vit_b16")
+    unimodal(tmp_path, "ave", "visual", 4, 0.8, "vit_b16")
+    printed = call("paper.tables", 8, out=tmp_path)
+    runs = f"{tmp_path}/ave/unimodal-visual-s3 {tmp_path}/ave/unimodal-visual-s4"
+    assert f"python evaluate.py --probe --run {runs}" in commands(printed)
+
+
+class Parsed(Exception):
+    """A script has read its command line."""
+
+
+@pytest.mark.parametrize("number", results.TABLES)
+def test_printed_commands_parse(number, monkeypatch):
+    """With the scripts' own argparse. (What they would download or train is not tried.)"""
+    printed = call("paper.tables", number, "--seeds", 0, 1, "--device", "cpu", root="elsewhere")
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(parser, *words):
+        parse(parser, *words)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    lines = {part for line in commands(printed) for part in line.split("     #")[0].split(" && ")}
+    assert lines
+    for line in sorted(lines):
+        python, script, *words = shlex.split(line)
+        if script == "-m":
+            script, *words = words
+        assert python == "python"
+        with pytest.raises(Parsed):
+            call(script, *words)
+
+
+# ---------------------------------------------------------------------------- what is broken or old
+@pytest.mark.parametrize("file, content", [
+    ("config.json", b'{"settings": {"method"'), ("config.json", b"[]"), ("config.json", b"{}"),
+    ("config.json", b'{"settings": {"seed": 0}}'), ("config.json", b"\xff\xfe"),
+    ("config.json", b""), ("result.json", b"{"),
+])
+def test_a_broken_file_costs_its_own_run_alone(tmp_path, file, content):
+    joint(tmp_path, "ave", "mmlora-all-r1-s0", 0.9)
+    broken = joint(tmp_path, "ave", "mmlora-all-r1-s1", 0.9)
+    (broken / file).write_bytes(content)
+    printed = call("paper.tables", 10, out=tmp_path)
+    [told] = [line for line in printed.splitlines() if "left out" in line]
+    assert str(broken / file) in told or str(broken / "config.json") in told
+    assert ["ours", "90.0 (1)"] in blocks(printed)[0]
+
+
+def test_a_table_says_which_runs_are_of_other_code(tmp_path):
+    joint(tmp_path, "ave", "mmlora-all-r1-s0", 0.9, code={"lora.py": "other"})
+    joint(tmp_path, "ave", "mmlora-all-r4-s0", 0.8, rank=4)
+    joint(tmp_path, "ave", "mmlora-audio-r1-s0", 0.8, lora=["audio"], code={"lora.py": "other"})
+    printed = call("paper.tables", 10, out=tmp_path)
+    assert "90.0 (1)" in printed and "80.0 (1)" in printed
+    told = [line for line in printed.splitlines() if "since it was trained" in line]
+    assert told == [f"{tmp_path}/ave/mmlora-all-r1-s0: lora.py has changed since it was trained"]
+
+
+# ---------------------------------------------------------------------------- asked of a toy
+@pytest.mark.parametrize("number, columns, count", [
+    (1, ["toy"], 2), (3, ["toy RGB", "toy Audio"], 2), (4, ["toy RGB", "toy Audio"], 2),
+    (5, ["toy"], 9), (8, ["toy RGB", "toy Audio"], 2),
+    (9, ["toy RGB", "toy Audio", "toy Both"], 1), (10, ["UME", "1", "2", "4", "8", "64"], 1),
+    (13, ["toy"], 2)])
+def test_tables_asked_of_the_toy(number, columns, count):
+    rows = tables.rows_of(arguments(number, "runs", "toy"))
+    assert len(rows) == count
+    for row in rows:
+        assert [cell.column for cell in row] == columns
+        for cell in row:
+            assert cell.paper is None and not cell.quoted
+            assert set(cell.encoders.values()) <= {"vit_toy", "audio_vit_toy"}
+            command = results.command(cell)
+            assert "--dataset toy" in command or "--run RUN" in command
+            assert "--encoder" not in command and "--pretrained" not in command
+
+
+@pytest.mark.parametrize("words, told", [
+    ([2], "invalid choice"),
+    ([6, "--dataset", "toy"], "these it can: 1, 3, 4, 5, 8, 9, 10, 13"),
+    ([5, "--dataset", "ave"], "invalid choice"),
+    ([10, "--epochs", 3], "--epochs 3: options of training need --fill"),
+    ([10, "--fill", "--rank", 3], "--rank: the table sets it"),
+    ([10, "--fill", "--encoder=vit_l14"], "--encoder=vit_l14: the table sets it"),
+    ([10, "--fill", "--seed", 3], "--seed: the table sets it"),
+])
+def test_wrong_words_end_in_one_line(words, told, capsys):
+    with pytest.raises(SystemExit):
+        call("paper.tables", *words)
+    assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---------------------------------------------------------------------------- --fill, on the toy
+def in_this_process(words, env=None, **options):
     """For `subprocess.run`, where that starts one of our scripts: torch takes seconds to import."""
     if words[0] != sys.executable:
-        return _run(words, env=env, **options)
-    assert env["PYTHONPATH"].startswith(str(ROOT))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", words[2:] if words[1] == "-m" else words[1:])
-        runpy.run_module(words[2], run_name="__main__") if words[1] == "-m" else runpy.run_path(words[1], run_name="__main__")
+        return run_process(words, env=env, **options)
+    assert env["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
+    script, *rest = words[1:]
+    if script == "-m":
+        script, *rest = rest
+    else:
+        script = str(Path(script).relative_to(ROOT))
+    print(call(script, *rest))
     return SimpleNamespace(returncode=0)
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
-def test_fill_runs_what_is_missing_and_no_more(toys, monkeypatch, capfd):
-    """Every table that can be asked of a toy, from nothing: each cell ends up with both seeds, and holds what the runs of its method say."""
-    monkeypatch.chdir(toys)
+run_process = subprocess.run
+
+
+@pytest.fixture
+def quick(monkeypatch):
     monkeypatch.setattr(subprocess, "run", in_this_process)
-    tiny, shown = ["--epochs", 1], {}
+
+
+@pytest.fixture(scope="module")
+def step_1(root, tmp_path_factory):
+    """A folder of runs with uni-modal models of one epoch, of two seeds."""
+    out = tmp_path_factory.mktemp("tables") / "runs"
+    for modality in BOTH:
+        call("train_unimodal.py", "--modality", modality, "--epochs", 1, "--seeds", 0, 1, out=out,
+             root=root)
+    return out
+
+
+def started(printed):
+    """The commands that --fill has run."""
+    return re.findall(r"^\$ (.*)", printed, re.M)
+
+
+def test_fill_keeps_its_own_options(root, tmp_path, quick, monkeypatch):
+    """It once swallowed --out: it trained into that folder, and printed the table of another."""
+    monkeypatch.chdir(tmp_path)
+    words = "--dataset toy --seeds 0 1 --fill --out runs9 --epochs 1 --umft-epochs 1 --device cpu"
+    printed = call("paper.tables", 9, *words.split(), "--data-root", root)
+    assert not (tmp_path / "runs").exists()
+    assert (tmp_path / "runs9/toy/mmlora-visual-r1-s1/result.json").exists()
+    where = f"--out runs9 --seeds 0 1 --data-root {root} --device cpu --epochs 1 --umft-epochs 1"
+    assert started(printed) == [f"python train_joint.py --dataset toy --lora {m} {where}"
+                                for m in ("visual", "audio", "all")]
+    table = printed[printed.index("Table 9, asked of toy"):]
+    assert ", from runs9." in table and len(re.findall(r"\d \(2\)", table)) == 3
+    assert "Not run yet" not in table
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
+def test_fill_runs_what_is_missing_and_no_more(root, step_1, quick):
+    """Every table that can be asked of a toy: each cell gets both seeds, and holds what the runs of
+    its method say."""
+    out, shown = step_1, {}
     for number in (10, 9, 13, 5, 8, 4, 3):
-        words = ["--table", number, "--dataset", "toy", "--device", "cpu", "--seeds", 0, 1, "--fill", *tiny]
-        call(*words)
-        printed = capfd.readouterr().out
-        shown[number] = re.findall(r"^\$ (.*)", printed, re.M)
-        assert "Not run yet" not in printed
-        found = filled(number, Path("runs"), "toy")
-        table = paper_tables.table_cells(number, "toy")
-        assert len(found) == sum(map(len, table.values())) and all(values.keys() == {0, 1} for values in found.values())
-        call(*words)
-        assert "$ " not in capfd.readouterr().out
-    assert len(shown[10]) == 5 and "--rank 64" in shown[10][-1] and all(" --seeds 0 1 --epochs 1" in c for c in shown[10])
-    assert len(shown[9]) == 2 and shown[13] == ["python train_joint.py --dataset toy --lora all --no-umft --out runs --data-root data --device cpu --seeds 0 1 --epochs 1"]
-    probes = [c for number in (8, 4, 3) for c in shown[number]]
-    assert all(c.startswith("python evaluate.py --probe") for c in probes) and len(probes) == 3 + 2 + 1      # concat: trained for Table 5
-    result = lambda run: json.loads((Path("runs/toy") / run / "result.json").read_text())
-    assert filled(10, Path("runs"), "toy")["toy", "4"][1] == (pytest.approx(100 * result("mmlora-all-r4-s1")["test"]["prob"]["accuracy"]),)
-    assert filled(13, Path("runs"), "toy")["MMLoRA (w/o UMFT)", "toy"][0] == (pytest.approx(100 * result("no-umft-all-r1-s0")["test"]["prob"]["accuracy"]),)
-    assert filled(5, Path("runs"), "toy")["PMR", "toy"][1] == (pytest.approx(100 * result("pmr-s1")["test"]["joint"]["accuracy"]),)
+        words = [number, *"--dataset toy --device cpu --seeds 0 1 --fill --epochs 1".split()]
+        printed = call("paper.tables", *words, out=out, root=root)
+        shown[number] = started(printed)
+        assert "Not run yet" not in printed and "left out" not in printed
+        found = filled(number, out, "toy")
+        rows = tables.rows_of(arguments(number, out, "toy"))
+        assert len(found) == sum(map(len, rows))
+        assert all(values.keys() == {0, 1} for values in found.values())
+        assert not started(call("paper.tables", *words, out=out, root=root))
+    where = f"--data-root {root} --device cpu"
+    assert len(shown[10]) == 5 and "--rank 64" in shown[10][-1]
+    assert all(line.endswith(f" --out {out} --seeds 0 1 {where} --epochs 1") for line in shown[10])
+    assert len(shown[9]) == 2
+    assert [line.split(" --out")[0] for line in shown[13]] == [
+        "python -m baselines.no_umft --dataset toy --lora all"]
+    assert len(shown[5]) == 7                       # all but UME and MMLoRA
+    probes = [line for number in (8, 4, 3) for line in shown[number]]
+    assert all(line.startswith("python evaluate.py --probe") for line in probes)
+    assert len(probes) == 3 + 2 + 1                 # concat was trained for Table 5
+
+    def of_run(name, prediction="prob"):
+        return pytest.approx(100 * result(out, f"toy/{name}")["test"][prediction]["accuracy"])
+
+    assert filled(10, out, "toy")["toy", "4"][1] == (of_run("mmlora-all-r4-s1"),)
+    assert filled(13, out, "toy")["MMLoRA (w/o UMFT)", "toy"][0] == (of_run("no-umft-all-r1-s0"),)
+    assert filled(5, out, "toy")["PMR", "toy"][1] == (of_run("pmr-s1", "joint"),)
+    assert filled(5, out, "toy")["Fully Fine-tuned UME", "toy"][1] == (of_run("full-s1"),)
 
 
-def test_fill_stops_at_what_fails(toys, monkeypatch, capfd):
-    monkeypatch.chdir(toys)
-    with pytest.raises(ValueError, match="that command failed, and --fill stops"):
-        call("--table", 10, "--dataset", "toy", "--out", "elsewhere", "--fill", "--rank", 0)
-    assert "argument --rank: 0 is not above zero" in capfd.readouterr().err
+def test_fill_trains_anew_what_other_code_has_made(root, step_1, tmp_path, quick):
+    """On a toy, as the training scripts do."""
+    out = shutil.copytree(step_1, tmp_path / "runs")
+    words = [13, *"--dataset toy --fill --epochs 1".split()]
+    call("paper.tables", *words, out=out, root=root)
+    config = out / "toy/mmlora-all-r1-s0/config.json"
+    made = json.loads(config.read_text())
+    made["fingerprint"]["code"]["lora.py"] = "edited since"
+    config.write_text(json.dumps(made))
+    shown = call("paper.tables", 13, "--dataset", "toy", out=out, root=root)
+    assert f"{config.parent}: lora.py has changed since it was trained" in shown
+    printed = call("paper.tables", *words, out=out, root=root)
+    assert len(started(printed)) == 1 and "train_joint.py" in started(printed)[0]
+    assert "since it was trained" not in printed[printed.index("Table 13"):]
 
 
-@pytest.mark.parametrize("number", paper.TABLES)
-def test_pictures_show_the_numbers(number, tmp_path):
+def test_fill_stops_at_what_fails(tmp_path, root, capfd):
+    words = [10, *"--dataset toy --fill --epochs 0".split()]
+    told = error("paper.tables", *words, out=tmp_path, root=root)
+    assert "that command failed, and --fill stops" in told
+    assert "argument --epochs: 0 is not above zero" in capfd.readouterr().err
+
+
+# ---------------------------------------------------------------------------- the picture
+@pytest.mark.parametrize("number", results.TABLES)
+def test_pictures_show_the_numbers(number, tmp_path, monkeypatch):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     for seed, accuracy in enumerate((0.9, 0.92, 0.97)):
         joint(tmp_path, "ave", f"mmlora-all-r1-s{seed}", accuracy, ume=0.9)
-    shown = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pyplot.Axes, "plot", lambda self, x, y, _plot=pyplot.Axes.plot, **style: shown.extend(y) or _plot(self, x, y, **style))
-        bars = []
-        patch.setattr(pyplot.Axes, "errorbar", lambda self, x, y, std, _bar=pyplot.Axes.errorbar, **style: bars.extend(zip(y, std)) or _bar(self, x, y, std, **style))
-        file = paper_tables.draw(number, tmp_path)
-    assert file == tmp_path / f"table{number}.png" and file.read_bytes().startswith(b"\x89PNG")
-    assert {cell.paper[0] for row in paper.cells(number) for cell in row if cell.paper} <= set(shown)
-    if number in (9, 10, 13):       # the cell of AVE, rank 1, LoRA on both
+    dots, bars = [], []
+    plot, errorbar = pyplot.Axes.plot, pyplot.Axes.errorbar
+
+    def plot_and_note(axes, x, y, **style):
+        dots.extend(y)
+        return plot(axes, x, y, **style)
+
+    def errorbar_and_note(axes, x, y, deviation, **style):
+        bars.extend(zip(y, deviation))
+        return errorbar(axes, x, y, deviation, **style)
+
+    monkeypatch.setattr(pyplot.Axes, "plot", plot_and_note)
+    monkeypatch.setattr(pyplot.Axes, "errorbar", errorbar_and_note)
+    printed = call("paper.tables", number, "--plot", out=tmp_path)
+    file = tmp_path / f"table{number}.png"
+    assert printed.endswith(f"wrote {file}\n") and file.read_bytes().startswith(b"\x89PNG")
+    published = {cell.paper[0] for row in results.cells(number) for cell in row if cell.paper}
+    assert published <= set(dots)
+    if number in (9, 10, 13):           # the cell of AVE, rank 1, LoRA on both
         assert (pytest.approx(93), pytest.approx(100 * 0.0360555)) in bars

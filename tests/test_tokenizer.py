@@ -1,4 +1,5 @@
-"""The tokenizers against recorded ids of the public implementations, and against naive versions of each of their steps."""
+"""The tokenizers against recorded ids of the public implementations, and against naive versions of
+each of their steps."""
 import doctest
 import json
 import random
@@ -10,16 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import tokenizer
-from tokenizer import BYTE_CHARACTERS, ByteBPE, WordPiece, load_tokenizer
+from pretrained import tokenizer
+from pretrained.tokenizer import BYTE_CHARACTERS, ByteBPE, WordPiece, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests/fixtures/encoders"
 VOCAB_TXT = FIXTURES / "tokenizer_wordpiece/vocab.txt"
-VOCAB_JSON, MERGES_TXT, BPE_BIN = (FIXTURES / "tokenizer_bpe" / name for name in ("vocab.json", "merges.txt", "bpe_encoder.bin"))
+BPE = FIXTURES / "tokenizer_bpe"
+VOCAB_JSON, MERGES_TXT, BPE_BIN = BPE / "vocab.json", BPE / "merges.txt", BPE / "bpe_encoder.bin"
 FILES = {"wordpiece": [VOCAB_TXT], "bpe": [VOCAB_JSON, MERGES_TXT], "bpe_bin": [BPE_BIN]}
 
-# Characters on both sides of every rule: kinds of spaces, contractions, numbers that are no digits, letters, symbols, invisible, broken.
+# Characters on both sides of every rule: kinds of spaces, contractions, numbers that are no digits,
+# letters, symbols, invisible, broken.
 TRICKY = (" \t\n\r\x0b\x1c\x85\xa0\u2003\u2028\u3000" "'strevmldSTA" "019²½Ⅷ٣一〇" "ab éÉe\u0301ßẞΣσςİǅÅ\u212b한か豈𠮷"
           ".,-_$^~`|¡«—…€°©" "\x00\x07\xad\u200b\ufeff\ufffd\ue000❤\ufe0f🍕")
 
@@ -55,7 +58,8 @@ def test_the_docstrings_examples(monkeypatch):
 
 
 def test_needs_no_torch():
-    check = "import sys, tokenizer; tokenizer.load_tokenizer(*sys.argv[1:]).encode('a'); assert 'torch' not in sys.modules"
+    check = ("import sys; from pretrained import tokenizer;"
+             " tokenizer.load_tokenizer(*sys.argv[1:]).encode('a'); assert 'torch' not in sys.modules")
     subprocess.run([sys.executable, "-c", check, VOCAB_JSON, MERGES_TXT], cwd=ROOT, check=True)
 
 
@@ -72,7 +76,8 @@ def test_needs_no_torch():
     ("dog\u0928\u093e", ["[UNK]"]),                              # a known beginning does not save the word
     ("ΟΔΟΣ", ["ο", "##δ", "##ο", "##σ"]),                        # the capital does not know that it is the last,
     ("οδος", ["ο", "##δ", "##ο", "##ς"]),                        # but a final sigma stays one
-    ("do\x0bg do\u00adg do\x1cg", ["dog", "dog", "dog"]),        # Python calls these two spaces, BERT drops them; and the soft hyphen
+    # Python calls the first and the last of these spaces, BERT drops them; and the soft hyphen.
+    ("do\x0bg do\u00adg do\x1cg", ["dog", "dog", "dog"]),
     ("dog\u2028dog\u00a0dog", ["dog", "dog", "dog"]),
     ("[SEP] [PAD]", ["[", "s", "##e", "##p", "]", "[", "p", "##a", "##d", "]"]),
     ("dog\U000e0080dog", ["[UNK]"]),                             # unassigned: no letter, but not dropped either
@@ -83,13 +88,15 @@ def test_wordpiece_edges(text, pieces):
 
 
 def test_vocab_txt_ids_are_line_numbers(tmp_path):
-    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n\x85\n\u2028\ndog\n", encoding="utf-8")  # 9 by splitlines()
+    lines = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n\x85\n\u2028\ndog\n"     # 9 by splitlines()
+    (tmp_path / "vocab.txt").write_text(lines, encoding="utf-8")
     assert WordPiece(tmp_path / "vocab.txt").encode("dog") == [2, 6, 3]
     assert WordPiece(tmp_path / "vocab.txt").vocab_size == 7
 
 
 def naive_bert_words(text: str) -> list[str]:
-    """The order of google-research/bert: clean the text, space out ideographs, split, then case, accents and punctuation word by word."""
+    """The order of google-research/bert: clean the text, space out ideographs, split; then case,
+    accents and punctuation word by word."""
     clean = "".join(" " if c in "\t\n\r" or unicodedata.category(c) == "Zs" else c for c in text
                     if c in "\t\n\r" or not (c in "\0\ufffd" or unicodedata.category(c) in ("Cc", "Cf", "Co", "Cs")))
     ideographs = ("CJK UNIFIED IDEOGRAPH", "CJK COMPATIBILITY IDEOGRAPH")
@@ -121,7 +128,8 @@ def naive_wordpiece(vocab, word: str) -> list[str]:
     pieces, rest = [], word
     while rest:
         mark = "##" if pieces else ""
-        fitting = [piece for piece in vocab if (mark + rest).startswith(piece) and piece.startswith("##") == bool(pieces)]
+        fitting = [piece for piece in vocab
+                   if (mark + rest).startswith(piece) and piece.startswith("##") == bool(pieces)]
         if not fitting:
             return ["[UNK]"]
         pieces.append(max(fitting, key=len))
@@ -141,7 +149,8 @@ def test_wordpiece_takes_the_longest_piece():
 def test_byte_characters():
     assert len(set(BYTE_CHARACTERS)) == 256
     assert all(c.isprintable() and c != " " for c in BYTE_CHARACTERS)
-    assert [BYTE_CHARACTERS[byte] for byte in b" \nA\xff\xad"] == ["Ġ", "Ċ", "A", "ÿ", "Ń"]  # as in the published vocabularies
+    # As in the published vocabularies.
+    assert [BYTE_CHARACTERS[byte] for byte in b" \nA\xff\xad"] == ["Ġ", "Ċ", "A", "ÿ", "Ń"]
 
 
 def kind_of(c: str) -> str:
@@ -151,10 +160,14 @@ def kind_of(c: str) -> str:
 
 
 def naive_gpt2_words(text: str) -> list[str]:
-    r"""`'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`, one alternative after the other, by hand."""
+    r"""One alternative after the other, by hand:
+
+    `'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`
+    """
+    contractions = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
     kinds, words, start = [kind_of(c) for c in text], [], 0
     while start < len(text):
-        contraction = next((c for c in ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d") if text.startswith(c, start)), None)
+        contraction = next((c for c in contractions if text.startswith(c, start)), None)
         body = start + (text[start] == " " and start + 1 < len(text))
         if contraction:
             end = start + len(contraction)
@@ -194,7 +207,9 @@ def naive_bpe(rank, word: bytes) -> list[str]:
 def test_bpe_merges_equal_one_at_a_time():
     bpe = ByteBPE(BPE_BIN)
     merged = 0
-    for word in random_texts("coked thainxzyegr", 2000) + random_texts("ax", 300) + random_texts("".join(map(chr, range(256))), 1000):
+    every_byte = "".join(map(chr, range(256)))
+    words = random_texts("coked thainxzyegr", 2000) + random_texts("ax", 300) + random_texts(every_byte, 1000)
+    for word in words:
         assert bpe.pieces(word) == naive_bpe(bpe.rank, word.encode()), word
         merged += len(word.encode()) - len(bpe.pieces(word))
     assert merged > 5_000  # so there was something to compare
@@ -258,7 +273,8 @@ def test_truncation_at_the_border(any_tokenizer):
 
 def test_specials_in_the_text_are_text(any_tokenizer):
     ids = any_tokenizer.encode("[CLS] [SEP] [PAD] [UNK]")
-    assert [ids.count(special) for special in (any_tokenizer.cls_id, any_tokenizer.sep_id, any_tokenizer.pad_id)] == [1, 1, 0]
+    specials = (any_tokenizer.cls_id, any_tokenizer.sep_id, any_tokenizer.pad_id)
+    assert [ids.count(special) for special in specials] == [1, 1, 0]
 
 
 def test_nothing_crashes(any_tokenizer):
@@ -280,7 +296,8 @@ def test_cache_is_bounded_and_changes_nothing(any_tokenizer, monkeypatch):
 
 def test_load_tokenizer_and_its_errors(tmp_path):
     assert isinstance(load_tokenizer(VOCAB_TXT), WordPiece) and load_tokenizer(VOCAB_TXT).kind == "wordpiece"
-    assert isinstance(load_tokenizer(MERGES_TXT, str(VOCAB_JSON)), ByteBPE) and load_tokenizer(BPE_BIN).kind == "byte_bpe"
+    assert isinstance(load_tokenizer(MERGES_TXT, str(VOCAB_JSON)), ByteBPE)
+    assert load_tokenizer(BPE_BIN).kind == "byte_bpe"
     bad = {name: tmp_path / name for name in ("a.json", "list.json", "latin.txt", "m.txt", "b.bin", "pad.txt")}
     bad["a.json"].write_text("{")
     bad["list.json"].write_text('["a"]')
@@ -322,6 +339,6 @@ def test_fingerprint_tells_apart_whatever_changes_ids(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(lines), encoding="utf-8")
     (tmp_path / "merges.txt").write_text("\n".join(merges), encoding="utf-8")
     assert load_tokenizer(tmp_path / "same.txt").fingerprint == load_tokenizer(VOCAB_TXT).fingerprint
-    fingerprints = {load_tokenizer(*paths).fingerprint
-                    for paths in ([VOCAB_TXT], [tmp_path / "vocab.txt"], [VOCAB_JSON, MERGES_TXT], [VOCAB_JSON, tmp_path / "merges.txt"])}
+    fingerprints = {load_tokenizer(*paths).fingerprint for paths in (
+        [VOCAB_TXT], [tmp_path / "vocab.txt"], [VOCAB_JSON, MERGES_TXT], [VOCAB_JSON, tmp_path / "merges.txt"])}
     assert len(fingerprints) == 4 and all(len(fingerprint) == 12 for fingerprint in fingerprints)

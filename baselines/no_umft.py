@@ -1,0 +1,94 @@
+"""MMLoRA without step 1: LoRA straight on the pre-trained encoders (App. C, Table 13).
+
+    python -m baselines.no_umft --dataset ave
+    diff train_joint.py baselines/no_umft.py                  # one idea
+
+The heads are new, so they are trained along with A and B (ours: the paper does not say).
+"""
+import math
+
+import torch
+
+import data
+from harness import arguments, metrics, optim, runs
+from harness.models import pretrained_model
+from lora import add_lora, mean_prob_loss
+
+
+def train(args, seed: int) -> runs.Run:
+    """As train_joint.train, without step 1."""
+    folder, info = arguments.open_data(args, seed)
+    modalities = list(info["modalities"])
+    lora = arguments.lora_modalities(args, info)
+
+    settings = arguments.joint_settings(args, seed, info, "no-umft", tune="lora",
+                                        lora=lora, fusion="prob")
+    run = runs.Run(args, arguments.run_name(args, settings), settings, folder, info, __file__)
+    if run.finished:
+        return run
+
+    # ---- Data ----
+    train_split, val_split = data.Split(folder, "train"), data.Split(folder, "val")
+    steps_per_epoch = math.ceil(len(train_split) / settings["batch_size"])
+    steps = settings["epochs"] * steps_per_epoch
+
+    # ---- Step 2, Eq. 2: freeze everything, add rank-r matrices BA ----
+    torch.manual_seed(seed)
+    models = torch.nn.ModuleDict()
+    for m in modalities:
+        encoder, start = settings["encoders"][m], settings["pretrained"][m]
+        models[m] = pretrained_model(start, encoder, info, m)
+        models[m].requires_grad_(False)
+        if m in lora:
+            add_lora(models[m], args.rank)                    # W0 + BA
+        models[m].head.requires_grad_(True)                   # new: nobody has trained it
+    models.to(args.device)
+
+    # ---- Optimiser: of A, B and the heads ----
+    optimizer = optim.make_optimizer("adamw", models, settings["lr"], settings["weight_decay"])
+
+    def forward(x):                       # in training and in validation
+        with metrics.autocast(args.device, settings):
+            return {m: models[m](x[m]) for m in x}            # P_m(y|x) = softmax(logits[m])
+
+    def predict(split):
+        return metrics.predict(forward, models, split, args.device, settings)
+
+    # ---- Step 3, Eq. 3: train A, B and the heads on the averaged prediction ----
+    first_epoch = run.resume(models, optimizer)               # 0 for a new run
+    if first_epoch == 0:
+        run.end_of_epoch(0, predict(val_split), models.state_dict())
+        first_epoch = 1
+
+    for epoch in range(first_epoch, settings["epochs"] + 1):
+        models.train()                                        # what is frozen stays in eval mode
+        rng = data.epoch_rng(seed, epoch)                     # all randomness of this epoch
+        batches = data.batches(len(train_split), settings["batch_size"], rng)
+        step = (epoch - 1) * steps_per_epoch
+        for index in run.progress(batches, epoch):
+            optim.set_lr(optimizer, settings, step, steps, run.history)
+            batch = data.inputs(train_split, index, models, args.device, settings, rng)
+            optimizer.zero_grad()
+            for x, y, share in data.parts(batch, args.micro_batch):
+                logits = forward(x)
+                loss = mean_prob_loss(logits, y)              # Eq. 3: -log (1/M) sum_m P_m(y|x)
+                (share * loss).backward()
+                run.count(loss, logits, y)
+            optimizer.step()
+            step += 1
+        run.end_of_epoch(epoch, predict(val_split), models.state_dict())
+
+    # ---- The best epoch, once, on test ----
+    run.load_best(models)
+    test_split = data.Split(folder, "test")
+    return run.finish({"val": predict(val_split), "test": predict(test_split)}, models)
+
+
+def parser():
+    p = arguments.parser(__doc__, __file__)
+    arguments.add_lora_arguments(p)
+    return p
+
+
+if __name__ == "__main__":
+    arguments.main(parser(), train)

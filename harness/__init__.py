@@ -1,0 +1,1 @@
+"""What every training script needs and no reader of the method does."""

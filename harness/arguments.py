@@ -1,0 +1,368 @@
+"""The command line of the training scripts: arguments, settings, seeds, learning rates.
+
+A script builds its parser with `parser`, adds its own arguments, and hands it to `main` together with
+a function `train(args, seed) -> Run`. Settings are what the arguments say, else what the paper says
+(`paper/settings.py`).
+"""
+import argparse
+import difflib
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from encoders import BUILD
+from harness import fingerprint, report, runs
+from paper import settings as paper
+from prepare import toy
+from pretrained import checkpoints
+
+PREPARED = ("ave", "crema_d", "food101", "kinetics_sound", "mm_imdb", "ucf101")    # by prepare/
+RECIPE = ("schedule", "weight_decay", "crop", "flip", "frames", "audio_shift")     # of the paper
+
+
+# ---- The command line ----
+
+def parser(doc: str, script: str) -> argparse.ArgumentParser:
+    """What every training script takes."""
+    path = Path(script).resolve()
+    command = f"python {path.name}"
+    if path.parent != fingerprint.PROJECT:
+        command = f"python -m {path.parent.name}.{path.stem}"
+    p = argparse.ArgumentParser(prog=command, description=doc,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = p.add_argument_group("data")
+    data.add_argument("--dataset", default="toy", metavar="NAME",
+                      help=f"{', '.join(toy.WORLDS)} (generated), {', '.join(PREPARED)}, or the name"
+                           " of your own prepared data; default: toy")
+    data.add_argument("--data-root", default="data", metavar="FOLDER",
+                      help="folder of the prepared data sets; default: data")
+    data.add_argument("--seed", type=int, default=0,
+                      help="initial weights, order, augmentation; of the toys also the world; default: 0")
+    data.add_argument("--seeds", type=int, nargs="+", metavar="SEED",
+                      help="train one run for each of these; the table shows mean and deviation")
+
+    model = p.add_argument_group("encoders")
+    model.add_argument("--encoder", nargs="+", default=[], metavar="[MODALITY=]NAME",
+                       help=f"{', '.join(BUILD)}; default: those of Table 2")
+    model.add_argument("--pretrained", nargs="+", default=[], metavar="[MODALITY=]PATH",
+                       help="a public checkpoint, or none for random weights; default: the public one,"
+                            " downloaded on first use")
+
+    how = p.add_argument_group("training")
+    how.add_argument("--epochs", type=positive(int), help="default: paper/settings.py")
+    how.add_argument("--batch-size", type=positive(int),
+                     help="default: 64, or 160 for image and text (Sec. 4.1.2)")
+    how.add_argument("--micro-batch", type=positive(int),
+                     help="forward and backward so many samples at a time, when the batch does not fit"
+                          " into memory; the same gradients, except with BatchNorm (ResNets), which"
+                          " takes its statistics from what it sees at a time")
+    how.add_argument("--lr", type=positive(float), nargs="+",
+                     help="learning rate; of several the best on validation is shown; default: App. A")
+    how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    how.add_argument("--precision", choices=("fp32", "bf16"),
+                     help="bf16 is autocast; default: bf16 on cuda, fp32 on the CPU")
+
+    out = p.add_argument_group("results")
+    out.add_argument("--out", default="runs", metavar="FOLDER", help="folder of all runs; default: runs")
+    out.add_argument("--again", action="store_true",
+                     help="train anew what was made with other code, data or settings; the old run is"
+                          " moved aside")
+    out.add_argument("--plot", action="store_true",
+                     help="draw the training curves into the run's folder (needs matplotlib)")
+    return p
+
+
+def add_step_1(p: argparse.ArgumentParser) -> None:
+    """For scripts that start from uni-modal fine-tuning (UMFT) and train it where it is missing."""
+    step_1 = p.add_argument_group("step 1, uni-modal fine-tuning (UMFT)")
+    step_1.add_argument("--umft-epochs", type=positive(int), help="default: paper/settings.py")
+    step_1.add_argument("--umft-lr", type=positive(float), help="default: App. A")
+
+
+def add_lora_arguments(p: argparse.ArgumentParser) -> None:
+    lora = p.add_argument_group("LoRA, Eq. 2")
+    lora.add_argument("--lora", nargs="+", metavar="MODALITY",
+                      help="whose models get LoRA: audio, visual, text, flow, or all; default: the"
+                           " paper's choice for the data set")
+    lora.add_argument("--rank", type=positive(int), default=1, help="rank r of BA; default: 1")
+
+
+def positive(kind):
+    """An argparse type: a number above zero."""
+    def number(text):
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not above zero")
+        return value
+    return number
+
+
+def main(p: argparse.ArgumentParser, train) -> None:
+    """Train one run a seed with `train(args, seed)`, then show the table of them all."""
+    guard(lambda: train_all(p, train))
+
+
+def guard(work) -> None:
+    """work(), where wrong input, Ctrl-C and full memory end in one line."""
+    try:
+        work()
+    except KeyboardInterrupt:
+        print("\n" + how_far(), file=sys.stderr)
+        sys.exit(130)
+    except torch.OutOfMemoryError:
+        sys.exit("error: the batch does not fit into the GPU's memory; try --micro-batch 16")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def how_far() -> str:
+    run = runs.current
+    if run is None or run.finished:
+        return "stopped; the same command goes on"
+    return f"stopped after epoch {len(run.history)} of {run.folder}; the same command goes on"
+
+
+def train_all(p: argparse.ArgumentParser, train) -> None:
+    args = p.parse_args()
+    args.default_of = p.get_default                       # for the names of run folders
+    prepare_torch(args.dataset)
+    seeds = args.seeds or [args.seed]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds {' '.join(map(str, seeds))}: each seed once")
+    tried = {}
+    for lr in args.lr or [None]:
+        one = argparse.Namespace(**{**vars(args), "lr": lr})
+        tried[lr] = [train(one, seed) for seed in seeds]
+    best = max(tried, key=lambda lr: report.validation(tried[lr]))
+    if len(tried) > 1:
+        told = ", ".join(f"{lr:g} {100 * report.validation(tried[lr])[0]:.1f}" for lr in tried)
+        print(f"\nlearning rate {best:g}, best on validation: {told}")
+    report.closing_table(tried[best])
+    report.next_steps(tried[best], p.prog)
+    if args.plot:
+        for run in tried[best]:
+            report.plot(run.folder)
+
+
+def prepare_torch(dataset: str) -> None:
+    if dataset in toy.WORLDS:
+        # So small a model is no faster on several threads, and many times slower on a busy machine.
+        # With one thread the bits do not depend on the number of cores.
+        torch.set_num_threads(1)
+
+
+# ---- Data ----
+
+def open_data(args, seed: int) -> tuple[Path, dict]:
+    """-> the folder of the prepared data and its dataset.json; all that can be checked before any work."""
+    check_device(args.device)
+    if args.plot:
+        report.import_pyplot()
+    folder = find(args.data_root, args.dataset, seed)
+    info = json.loads((folder / "dataset.json").read_text())
+    for value in [*args.encoder, *args.pretrained]:
+        if "=" in value and value.split("=")[0] not in info["modalities"]:
+            raise ValueError(f"{value}: {args.dataset} has no modality {value.split('=')[0]}, but"
+                             f" {', '.join(info['modalities'])}")
+    return folder, info
+
+
+def find(root: str, name: str, seed: int = 0) -> Path:
+    """The folder of the prepared data set `name`. A toy is generated, a new world for every seed.
+
+    Raises FileNotFoundError whose one line says how to get the data.
+    """
+    if name in toy.WORLDS:
+        return find_toy(Path(root) / f"{name}-s{seed}", name, seed)
+    folder = Path(root) / name
+    if (folder / "dataset.json").exists():
+        return folder
+    if name in PREPARED:                                  # what to download and where to put it
+        how = importlib.import_module(f"prepare.{name}").HELP
+    else:
+        there = [file.parent.name for file in Path(root).glob("*/dataset.json")]
+        names = nearest_first(name, {*toy.WORLDS, *PREPARED, *there})
+        how = (f"There are {', '.join(names)}. Make your own with: python -m prepare.custom"
+               f" INDEX.jsonl --name {name} --data-root {root}")
+    raise FileNotFoundError(f"no prepared data in {folder}. {how}")
+
+
+def find_toy(folder: Path, name: str, seed: int) -> Path:
+    """The generated world; made anew where the code that makes it has changed."""
+    made_by = {}
+    for file in ("prepare/toy.py", "data.py"):
+        made_by[file] = fingerprint.hash_of_code(fingerprint.PROJECT / file)
+    if (folder / "dataset.json").exists():
+        before = runs.read_json(folder / "dataset.json").get("made_by")
+        if before == made_by:
+            return folder
+        changed = [file for file in made_by if (before or {}).get(file) != made_by[file]]
+        print(f"{fingerprint.sentence(changed)}: making {folder} anew", flush=True)
+    else:
+        print(f"making {folder} (some seconds)", flush=True)
+    toy.make(folder, name, seed, made_by)
+    return folder
+
+
+def nearest_first(name: str, names) -> list[str]:
+    near = difflib.get_close_matches(name, names, n=3)
+    return near + sorted(set(names) - set(near))
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError in one line for a device that torch does not know or have."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+
+
+# ---- Encoders ----
+
+def of_modality(values: list[str], modality: str, default=None):
+    """["audio=resnet18", "vit_b32"] -> resnet18 for audio, vit_b32 for all others."""
+    named = dict(value.split("=", 1) for value in values if "=" in value)
+    for value in values:
+        if "=" not in value:
+            default = value
+    return named.get(modality, default)
+
+
+def encoder_of(args, modality: str) -> str:
+    """The encoder asked for, or the one of Table 2."""
+    encoder = of_modality(args.encoder, modality, paper.encoders_for(args.dataset).get(modality))
+    if not encoder:
+        raise ValueError(f"no encoder is known for modality {modality} of {args.dataset}: name one,"
+                         f" --encoder {modality}=NAME")
+    if encoder not in BUILD:
+        raise ValueError(f"no encoder is called {encoder}; there are"
+                         f" {', '.join(nearest_first(encoder, BUILD))}")
+    return encoder
+
+
+def encoders_of(args, info: dict) -> dict[str, str]:
+    return {m: encoder_of(args, m) for m in info["modalities"]}
+
+
+def pretrained_of(args, modality: str, encoder: str) -> str:
+    """What the encoder starts from: a file, "none", or its own name for its public checkpoint."""
+    public = encoder if encoder in checkpoints.PUBLIC else "none"
+    return of_modality(args.pretrained, modality, public)
+
+
+# ---- Settings: all that a result depends on, apart from code and data ----
+
+def common_settings(args, seed: int, info: dict, epochs: int) -> dict:
+    setting = paper.settings_for(args.dataset)
+    on_gpu = args.device.startswith("cuda")
+    return dict(dataset=args.dataset, seed=seed, epochs=epochs,
+                batch_size=args.batch_size or setting["batch_size"],
+                precision=args.precision or ("bf16" if on_gpu else "fp32"),
+                classes=info["classes"], samples=info.get("counts"),
+                **{key: setting[key] for key in RECIPE})
+
+
+def unimodal_settings(args, modality: str, seed: int, info: dict) -> dict:
+    """Of step 1. A joint script takes a finished run as it is (`of_step_1`), as far as its own
+    command line does not ask for something else."""
+    if modality not in info["modalities"]:
+        raise ValueError(f"--modality {modality}: {args.dataset} has"
+                         f" {', '.join(info['modalities'])}")
+    setting, encoder = paper.settings_for(args.dataset), encoder_of(args, modality)
+    settings = dict(method="unimodal", modality=modality, encoder=encoder,
+                    pretrained=pretrained_of(args, modality, encoder),
+                    lr=args.lr or paper.umft_lr(args.dataset, encoder, modality),
+                    optimizer=setting["optimizer"].get(modality, "adamw"),
+                    **common_settings(args, seed, info, args.epochs or setting["umft_epochs"]))
+    folder = Path(args.out) / args.dataset / run_name(args, settings)
+    if getattr(args, "as_step_1", False) and (folder / "result.json").exists():
+        before = runs.read_json(folder / "config.json")["settings"]
+        asked = dict(epochs=args.epochs, lr=args.lr,
+                     pretrained=of_modality(args.pretrained, modality))
+        fixed = ("dataset", "encoder", "seed", "classes", "samples")
+        for key, value in before.items():
+            if key not in fixed and asked.get(key) is None:
+                settings[key] = value
+    return settings
+
+
+def of_step_1(args) -> argparse.Namespace:
+    """The arguments of a joint script as those of step 1."""
+    changed = dict(epochs=getattr(args, "umft_epochs", None), lr=getattr(args, "umft_lr", None),
+                   as_step_1=True)
+    return argparse.Namespace(**{**vars(args), **changed})
+
+
+def joint_settings(args, seed: int, info: dict, method: str, unimodal: dict | None = None,
+                   tune: str = "joint", lr: float | None = None, lora: list | None = None,
+                   fusion: str = "joint", options=()) -> dict:
+    """Of a run with all modalities.
+
+    tune: "lora" and "full" train as long as the paper's step 3, "joint" as long as step 1, so that
+    every compared method has the budget of uni-modal training. lr: the method's own default.
+    options: names of the method's own arguments.
+    """
+    if len(info["modalities"]) < 2:
+        raise ValueError(f"{args.dataset} has only {', '.join(info['modalities'])}: {method} needs"
+                         " two modalities or more")
+    setting, encoders = paper.settings_for(args.dataset), encoders_of(args, info)
+    epochs = setting["umft_epochs"] if tune == "joint" else setting["epochs"]
+    lr = lr or paper.joint_lr(args.dataset, encoders, tune)
+    args.default_lr = lr                                  # another one is named in the folder
+    settings = dict(method=method, encoders=encoders, fusion=fusion, lr=args.lr or lr,
+                    **common_settings(args, seed, info, args.epochs or epochs))
+    if lora:
+        settings.update(lora=sorted(lora), rank=args.rank)
+    if options:
+        settings["options"] = {name: getattr(args, name) for name in options}
+    if unimodal:
+        settings["unimodal"] = {}
+        for m, run in unimodal.items():
+            model = run.folder / "model.safetensors"
+            settings["unimodal"][m] = dict(run=run.folder.name, sha256=fingerprint.sha256(model))
+    else:
+        settings["pretrained"] = {m: pretrained_of(args, m, encoders[m]) for m in encoders}
+    return settings
+
+
+def lora_modalities(args, info: dict) -> list[str]:
+    """Whose models get LoRA: what --lora says, else the paper's choice for the data set."""
+    there = list(info["modalities"])
+    asked = args.lora or paper.settings_for(args.dataset)["lora"] or there
+    if args.lora == ["all"]:
+        asked = there
+    unknown = sorted(set(asked) - set(there))
+    if unknown:
+        raise ValueError(f"--lora {' '.join(unknown)}: {args.dataset} has {', '.join(there)}, or all")
+    return [m for m in there if m in asked]
+
+
+def run_name(args, settings: dict) -> str:
+    """<method>[-options][-modality-encoder][-lr]-s<seed>; only what is not the default is named."""
+    default = paper.encoders_for(args.dataset)
+    words = [settings["method"]]
+    if settings["method"] == "unimodal":
+        words.append(settings["modality"])
+        if settings["encoder"] != default.get(settings["modality"]):
+            words.append(settings["encoder"])
+        return "-".join([*words, f"s{settings['seed']}"])
+    if "lora" in settings:
+        everyone = len(settings["lora"]) == len(settings["encoders"])
+        words += ["all" if everyone else "+".join(settings["lora"]), f"r{settings['rank']}"]
+    for name, value in settings.get("options", {}).items():
+        if value != args.default_of(name):
+            words.append(name.replace("_", "-"))
+            if isinstance(value, list):
+                words += value
+            elif value is not True:
+                words.append(str(value))
+    for m, encoder in settings["encoders"].items():
+        if encoder != default.get(m):
+            words.append(f"{m}-{encoder}")
+    if settings["lr"] != args.default_lr:
+        words.append(f"lr{settings['lr']:g}")
+    return "-".join([*words, f"s{settings['seed']}"])

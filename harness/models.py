@@ -1,0 +1,109 @@
+"""Models of runs: new ones for prepared data, and those of finished runs."""
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from encoders import BERT, BUILD, AudioViT, DeBERTa, ResNet, UnimodalModel, ViT, build
+from harness import fingerprint, runs
+from lora import add_lora
+from pretrained import checkpoints
+
+READS = {ViT: ("frames", "image"), AudioViT: ("audio",), BERT: ("text",), DeBERTa: ("text",),
+         ResNet: ("frames", "image", "flow", "audio")}
+ADAPTED = ("mmlora", "separate", "logits")            # such a run stores A and B alone
+
+
+def new_model(name: str, info: dict, modality: str) -> UnimodalModel:
+    """An untrained encoder and linear head for a prepared data set; `info` is its dataset.json.
+
+    Raises ValueError when the encoder cannot read what was prepared.
+    """
+    kind, shape = info["modalities"][modality], info["shapes"][modality]
+    family = BUILD[name][0] if name in BUILD else None
+    if family and kind not in READS[family]:
+        raise ValueError(f"encoder {name} reads {' or '.join(READS[family])}, but {modality} of"
+                         f" {info['name']} is {kind}")
+    options = {}
+    if family is ResNet:
+        options["in_channels"] = 1 if kind == "audio" else shape[1]
+    if kind == "text" and family:
+        options["vocab_size"] = vocabulary_size(name, info)
+    encoder = build(name, **options)
+    if isinstance(encoder, AudioViT) and tuple(shape[-2:]) != tuple(encoder.mel):
+        raise ValueError(f"encoder {name} takes spectrograms of {encoder.mel}, but {info['name']}"
+                         f" holds {tuple(shape[-2:])}")
+    return UnimodalModel(encoder, len(info["classes"]))
+
+
+def vocabulary_size(name: str, info: dict) -> int:
+    """The size of the vocabulary whose token ids the encoder reads in these data."""
+    family, sizes = BUILD[name]
+    there = [info["tokenizer"], *(info.get("other_tokenizers") or [])]
+    fitting = [tokenizer for tokenizer in there if tokenizer["kind"] == family.tokenizer]
+    if not fitting:
+        raise ValueError(f"encoder {name} needs {family.tokenizer} token ids, but {info['name']} was"
+                         f" prepared with a {there[0]['kind']} tokenizer")
+    size = fitting[0]["vocab_size"]
+    trained_from_scratch = "small" in name                # so any vocabulary will do
+    if not trained_from_scratch and size != sizes["vocab_size"]:
+        raise ValueError(f"encoder {name} knows {sizes['vocab_size']} tokens, but {info['name']} was"
+                         f" prepared with a vocabulary of {size}; prepare it with the encoder's own")
+    return size
+
+
+def pretrained_model(start: str, encoder: str, info: dict, modality: str) -> UnimodalModel:
+    """Encoder and new head. start: a file, "none", or the encoder's own name for its public
+    checkpoint, which is downloaded once."""
+    model = new_model(encoder, info, modality)
+    if start == encoder:
+        checkpoints.load_public(model.encoder, checkpoints.download(encoder))
+    elif start != "none":
+        checkpoints.load_public(model.encoder, Path(start))
+    return model
+
+
+def load_unimodal(run: runs.Run, info: dict) -> UnimodalModel:
+    """The fine-tuned model of a finished run of step 1."""
+    modality = run.settings["modality"]
+    model = new_model(run.settings["encoder"], info, modality)
+    tensors = run.tensors("model.safetensors")
+    model.load_state_dict({k.removeprefix(f"{modality}."): v for k, v in tensors.items()})
+    return model
+
+
+def load_run(folder: Path, info: dict, encoders_only=False) -> tuple[dict, nn.ModuleDict]:
+    """-> (settings, models by modality) of a finished run, with LoRA in place where it has LoRA.
+
+    encoders_only: the heads may mean nothing, as after a run of `baselines/`, which has a head of
+    its own. Raises ValueError when the run's uni-modal models have changed since, or a file does
+    not fit.
+    """
+    runs.check_finished(folder)
+    settings = runs.read_json(folder / "config.json")["settings"]
+    encoders = settings.get("encoders") or {settings["modality"]: settings["encoder"]}
+    models = nn.ModuleDict({m: new_model(name, info, m) for m, name in encoders.items()})
+    adapted = settings["method"] in ADAPTED
+    if adapted:
+        for base in settings["unimodal"].values():
+            file = folder.parent / base["run"] / "model.safetensors"
+            if not file.exists() or fingerprint.sha256(file) != base["sha256"]:
+                raise ValueError(f"{file} is not the model that {folder} was trained on; run the"
+                                 " command that made it again")
+            models.load_state_dict(load_file(file), strict=False)
+    for m in settings.get("lora") or ():
+        add_lora(models[m], settings["rank"])
+    file = folder / "model.safetensors"
+    try:
+        missing, unexpected = models.load_state_dict(load_file(file), strict=False)
+    except (SafetensorError, RuntimeError) as error:      # cut short; or tensors of other shapes
+        raise ValueError(f"{file} cannot be read into the model of its config.json:"
+                         f" {str(error).splitlines()[-1].strip()}") from None
+    if adapted:                                           # the rest came from the uni-modal runs
+        missing = [name for name in missing if name.endswith(("lora_A", "lora_B"))]
+    wrong = [n for n in missing + unexpected if ".encoder." in n or not encoders_only]
+    if wrong:
+        raise ValueError(f"{file} does not fit its config.json: {wrong[0]}"
+                         f" and {len(wrong) - 1} more")
+    return settings, models.eval()

@@ -1,0 +1,215 @@
+"""Tables and curves of finished runs."""
+import json
+import math
+from pathlib import Path
+
+from harness import metrics, runs
+
+NAMES = {"unimodal": "alone", "mmlora": "MMLoRA", "full": "Fully fine-tuned UME",
+         "no-umft": "MMLoRA without UMFT", "separate": "Control: separate losses",
+         "logits": "LoRA on averaged logits", "frozen": "Classifier on frozen features",
+         "concat": "Multi-modal baseline", "ogm_ge": "OGM-GE", "g_blending": "G-Blending",
+         "pmr": "PMR", "mla": "MLA", "mbt": "MBT", "mmbt": "MMBT", "pmf": "PMF"}
+WIDTH = 80                                            # of a table, in columns of the terminal
+
+
+# ---- Numbers ----
+
+def mean_std(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation; the latter is 0 for one value."""
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return mean, 0.0
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+
+
+def validation(group: list) -> tuple[float, float]:
+    """What learning rates are compared by, of the runs of all seeds: the mean validation score; of
+    equal ones the lower loss."""
+    chosen = []
+    for run in group:
+        val = run.result["val"]
+        chosen.append(val[run.settings.get("fusion") or next(iter(val))])
+    score = [v.get("accuracy", v.get("f1_micro")) for v in chosen]
+    return sum(score) / len(score), -sum(v["loss"] for v in chosen)
+
+
+# ---- The table at the end of training ----
+
+def closing_table(group: list) -> None:
+    """One row a prediction: of each modality alone, of UME, of what training made of them.
+
+    group: the runs of one experiment, one a seed.
+    """
+    first = group[0]
+    rows = []
+    if "ume" in first.result:
+        for m in first.settings["unimodal"]:
+            alone = [unimodal_of(run, m) for run in group]
+            rows.append((f"{m} alone (UMFT)", [(r.result["test"][m], r.result) for r in alone]))
+        for rule, name in (("prob", "probabilities"), ("logits", "logits")):
+            untrained = dict(trained_parameters=0, seconds=0)
+            found = [(run.result["ume"]["test"][rule], untrained) for run in group]
+            rows.append((f"UME, {name} averaged", found))
+        if first.settings["method"] != "mmlora":
+            for beside in mmlora_beside(group):
+                rows.append(row_of(beside))
+    rows += rows_of(group)
+    print_table(rows, first.data_folder, first.info)
+    if "ume" in first.result:
+        stayed = [str(r.settings["seed"]) for r in group if r.result["best_epoch"] == 0]
+        if stayed:
+            print(f"training did not improve on UME (epoch 0 was the best): seed {' '.join(stayed)}")
+
+
+def unimodal_of(run, modality: str):
+    return runs.Run.open(run.folder.parent / run.settings["unimodal"][modality]["run"])
+
+
+def rows_of(group: list) -> list:
+    settings = group[0].settings
+    if settings["method"] == "unimodal":
+        m = settings["modality"]
+        found = [(run.result["test"][m], run.result) for run in group]
+        return [(f"{m} alone, {settings['encoder']}", found)]
+    if settings["fusion"] != "joint":
+        return [row_of(group)]
+    rows = [row_of(group)]
+    for name in group[0].result["test"]:
+        if name != "joint":
+            rows.append((f"  {name} alone", [(r.result["test"][name], None) for r in group]))
+    return rows
+
+
+def row_of(group: list) -> tuple:
+    """-> (label, [(test scores, result) of each seed]) of the prediction that the method is about."""
+    settings = group[0].settings
+    label = NAMES[settings["method"]]
+    if "rank" in settings:
+        label += f", rank {settings['rank']}, {'+'.join(settings['lora'])}"
+    for name, value in settings.get("options", {}).items():
+        if value is True:
+            label += f", {name.replace('_', ' ')}"
+    if "-lr" in group[0].folder.name:
+        label += f", lr {settings['lr']:g}"
+    return label, [(run.result["test"][settings["fusion"]], run.result) for run in group]
+
+
+def mmlora_beside(group: list) -> list[list]:
+    """The MMLoRA runs on the same uni-modal models, finished for all seeds, to be compared with.
+
+    Of several learning rates the best on validation.
+    """
+    seed, found = f"-s{group[0].settings['seed']}", {}
+    for file in sorted(group[0].folder.parent.glob(f"mmlora-*{seed}/result.json")):
+        name = file.parent.name.removesuffix(seed)
+        folders = [run.folder.with_name(f"{name}-s{run.settings['seed']}") for run in group]
+        if not all((folder / "result.json").exists() for folder in folders):
+            continue
+        same = [runs.Run.open(folder) for folder in folders]
+        if all(a.settings["unimodal"] == b.settings["unimodal"] for a, b in zip(same, group)):
+            found.setdefault(name.split("-lr")[0], []).append(same)
+    return [max(rates, key=validation) for rates in found.values()]
+
+
+def print_table(rows: list, folder: Path, info: dict) -> None:
+    """rows: (label, [(scores, result or None) of each seed]); it fits 80 columns.
+
+    One seed: score +- binomial standard error. More: mean +- standard deviation, of groups the mean.
+    """
+    name, seeds = metrics.metric(info), len(rows[0][1])
+    n = len((folder / "test" / "ids.txt").read_text().splitlines())
+    print(f"\n{info['name']}, test split, {n} samples, {len(info['classes'])} classes.")
+    if seeds > 1:
+        print(f"Mean +- standard deviation of {seeds} seeds.")
+    elif not info["multilabel"]:
+        print("+- is the binomial standard error of one test run.")
+    extra = list(info.get("groups") or [])
+    if info["multilabel"]:
+        extra = ["f1_macro"]
+    shown = extra[:4]                                     # more groups do not fit
+    wide = max(len(label) for label, _ in rows)
+    left = max(20, min(wide, WIDTH - 13 - 8 * len(shown) - 15))
+    print(f"{'':{left}}{name:>13}" + "".join(f"{g[:7]:>8}" for g in shown) + f"{'trained':>9}{'s':>6}")
+    for label, found in rows:
+        cells = f"{main_cell([scores[name] for scores, _ in found], n, name):>13}"
+        for key in shown:
+            values = [s["groups"][key] if key in s.get("groups", {}) else s[key] for s, _ in found]
+            cells += f"{100 * mean_std(values)[0]:>8.1f}"
+        results = [result for _, result in found if result]
+        if results:
+            seconds = mean_std([result["seconds"] for result in results])[0]
+            cells += f"{short(results[0]['trained_parameters']):>9}{seconds:>6.0f}"
+        if len(label) > left:                             # on a line of its own
+            print(label)
+            label = ""
+        print(f"{label:{left}}{cells}")
+
+
+def main_cell(values: list[float], n: int, name: str) -> str:
+    mean, std = mean_std([100 * v for v in values])
+    if len(values) == 1 and name != "accuracy":
+        return f"{mean:.1f}"
+    if len(values) == 1:
+        std = 100 * math.sqrt(values[0] * (1 - values[0]) / n)
+    return f"{mean:.1f} +- {std:.1f}"
+
+
+def short(count: int) -> str:
+    """A number of parameters in at most six characters: 768, 22,412, 86.6M."""
+    if count >= 1_000_000:
+        return f"{count / 1_000_000:.1f}M"
+    return f"{count:,}"
+
+
+def next_steps(group: list, command: str) -> None:
+    """The folder of the run, and what one would type next."""
+    first = group[0]
+    dataset, folder = first.settings["dataset"], first.folder
+    out = folder.parent.parent
+    elsewhere = "" if out == Path("runs") else f" --out {out}"
+    print(f"\n{folder}" + (f" and {len(group) - 1} more" if len(group) > 1 else ""))
+    print(f"    python evaluate.py --run {folder} --plot")
+    if first.settings["fusion" if "fusion" in first.settings else "method"] in ("prob", "logits"):
+        weakest = next(iter(first.settings["encoders"]))
+        print(f"    python evaluate.py --run {folder} --drop {weakest}")
+    else:
+        print(f"    python evaluate.py --run {folder} --probe")
+    toy = f" --dataset {dataset}" if "made_by" in first.info else ""
+    print(f"    python -m paper.tables 5{toy}{elsewhere}")
+
+
+# ---- Curves ----
+
+def import_pyplot():
+    """matplotlib is optional. Asked for before any work: nobody trains for hours and then learns
+    that it is absent."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+        return pyplot
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+
+
+def plot(folder: Path) -> None:
+    """Training curves of a run -> curves.png in its folder: the loss; validation scores."""
+    pyplot = import_pyplot()
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    trained = [line for line in log if line.get("loss") is not None]
+    _, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    left.plot([line["epoch"] for line in trained], [line["loss"] for line in trained])
+    left.set(xlabel="epoch", ylabel="training loss")
+    labels = {"prob": "probabilities averaged", "logits": "logits averaged"}
+    for name, scores in log[0]["val"].items():
+        key = "f1_micro" if "f1_micro" in scores else "accuracy"
+        values = [100 * line["val"][name][key] for line in log]
+        right.plot([line["epoch"] for line in log], values, label=labels.get(name, name))
+    right.set(xlabel="epoch", ylabel=f"validation {key} (%)")
+    right.legend(loc="best")
+    pyplot.suptitle(folder.name)
+    pyplot.tight_layout()
+    pyplot.savefig(folder / "curves.png", dpi=120)
+    pyplot.close()
+    print(f"wrote {folder / 'curves.png'}")

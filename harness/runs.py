@@ -1,0 +1,438 @@
+"""The folder of one training run: what was asked for, how far it got, the best epoch, the result.
+
+    config.json          settings; dataset.json of the data, so that a run can be used without them;
+                         fingerprint of code and data, command line, commit, versions
+    log.jsonl            one line an epoch
+    last.safetensors     what is needed to go on from the last whole epoch; gone at the end
+    model.safetensors    the best epoch so far
+    logits.safetensors   validation and test logits of the best epoch
+    result.json          written last: a run that has it is finished
+
+Every file is written under another name first and then renamed. A run that is killed at any moment
+finds whole files when it is started again, and on a CPU ends in the same bits.
+"""
+import datetime
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+import data
+from harness import fingerprint, metrics
+
+current = None     # the run that is being trained: for the line that Ctrl-C ends with
+
+
+class Run:
+    """One training run. A training script calls, in this order:
+
+        run = Run(args, name, settings, data_folder, info, __file__)
+        if run.finished: return run                       # the same command has been run before
+        epoch = run.resume(models, optimizer)             # where to start
+        for index in run.progress(batches, epoch): ...    # one epoch, with a line on the screen
+            run.count(loss, logits, y)
+        run.end_of_epoch(epoch, logits of val, tensors worth keeping)
+        run.load_best(models)
+        run.finish(logits of val and test, models)
+
+    Raises ValueError where the folder holds a run with other settings, of other code or on other
+    data; with --again that run is moved aside. Toys are trained anew without being asked.
+    """
+
+    def __init__(self, args, name: str, settings: dict, data_folder: Path, info: dict, script: str):
+        self.folder = Path(args.out) / args.dataset / name
+        self.settings = json.loads(json.dumps(settings))     # as it will be read back
+        self.data_folder, self.info, self.device = data_folder, info, args.device
+        self.fingerprint = fingerprint.of_run(script, data_folder)
+        self.history, self.scores, self.bar = [], {}, None
+        self.start_counting()
+        if (self.folder / "config.json").exists():
+            self.compare_with_earlier(args.again)
+        if self.finished:
+            print(f"{self.folder}: trained on {self.date()}, nothing to do", flush=True)
+
+    @classmethod
+    def open(cls, folder: Path) -> "Run":
+        """A finished run, to be shown: `settings`, `result`, `tensors(name)`."""
+        run = cls.__new__(cls)
+        run.folder = folder
+        run.settings = read_json(folder / "config.json")["settings"]
+        return run
+
+    # ---- Before training ----
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "result.json").exists()
+
+    @property
+    def result(self) -> dict | None:
+        return read_json(self.folder / "result.json") if self.finished else None
+
+    def date(self) -> str:
+        seconds = (self.folder / "result.json").stat().st_mtime
+        return datetime.datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
+
+    def compare_with_earlier(self, again: bool) -> None:
+        """What to do with the run that is in the folder already."""
+        config = read_json(self.folder / "config.json")
+        before, now = dict(config["settings"]), dict(self.settings)
+        changes = fingerprint.differences(config.get("fingerprint"), self.fingerprint)
+        if before.pop("unimodal", None) != now.pop("unimodal", None):
+            changes.append("its uni-modal models")
+        other = []
+        for key in {**before, **now}:
+            if before.get(key) != now.get(key):
+                other.append(f"{key} {before.get(key)} (now {now.get(key)})")
+        if other and not again:
+            raise ValueError(f"{self.folder} is a run with {', '.join(other)}; use another --out,"
+                             " or --again, which moves it aside and trains anew")
+        if other:
+            changes.append("settings")
+        if not changes:
+            return
+        said = fingerprint.sentence(changes)
+        toy = "made_by" in self.info                      # generated, and trained in seconds
+        if not again and not toy:
+            raise ValueError(f"{self.folder}: {said} since it was trained; --again moves it aside"
+                             " and trains anew")
+        aside = self.move_aside()
+        print(f"{said}: training {self.folder} anew (the old run is now {aside})", flush=True)
+
+    def move_aside(self) -> Path:
+        """Into runs/<dataset>/old/, where tables do not look."""
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        aside, n = self.folder.parent / "old" / f"{self.folder.name}-{stamp}", 1
+        while aside.exists():
+            n += 1
+            aside = aside.with_name(f"{self.folder.name}-{stamp}-{n}")
+        aside.parent.mkdir(exist_ok=True)
+        os.replace(self.folder, aside)
+        return aside
+
+    def begin(self) -> None:
+        """Make the folder, with config.json in it.
+
+        Not earlier: a mistake that shows before training leaves nothing behind.
+        """
+        if (self.folder / "config.json").exists():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        made = {k: v for k, v in self.info.items() if k not in ("unreadable", "sha256")}
+        versions = dict(python=sys.version.split()[0], torch=torch.__version__,
+                        numpy=np.__version__)
+        config = dict(settings=self.settings, data=made, fingerprint=self.fingerprint,
+                      command=" ".join(sys.argv), commit=commit(), versions=versions)
+        write_json(self.folder / "config.json", config)
+
+    def resume(self, models: nn.ModuleDict, optimizer) -> int:
+        """-> the first epoch to train; 0 for a new run.
+
+        Fills `models` and `optimizer` from the last whole epoch, and cuts the log back to it.
+        """
+        global current
+        current = self
+        self.optimizer = optimizer
+        self.begin()
+        reset_peak_memory(self.device)
+        file, log = self.folder / "last.safetensors", self.folder / "log.jsonl"
+        self.best, self.best_epoch, self.seconds = None, 0, 0.0
+        if not file.exists():
+            log.unlink(missing_ok=True)
+            return 0
+        with safe_open(file, "pt") as f:
+            state = json.loads(f.metadata()["state"])
+            tensors = {key: f.get_tensor(key) for key in f.keys()}
+        lines = log.read_text().splitlines(True)
+        write_text(log, "".join(lines[:state["lines"]]))
+        moments = {}
+        for key in list(tensors):
+            if key.startswith("optimizer/"):
+                _, parameter, name = key.split("/")
+                moments.setdefault(int(parameter), {})[name] = tensors.pop(key)
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        models.load_state_dict(tensors, strict=False)
+        self.best, self.best_epoch = state["best"], state["best_epoch"]
+        self.history, self.seconds = state["history"], state["seconds"]
+        print(f"{self.folder}: going on from epoch {state['lines']}", flush=True)
+        return state["lines"]
+
+    # ---- One epoch ----
+
+    def start_counting(self) -> None:
+        self.seen, self.total, self.notes = 0, torch.zeros(2, device=self.device), {}
+        self.began, self.training_seconds = time.time(), 0.0
+
+    def progress(self, batches: list, epoch: int):
+        """The batches of one epoch, with a line on the screen. `break` may leave the loop."""
+        self.start_counting()
+        if self.bar is None:
+            done = (epoch - 1) * len(batches)
+            self.bar = tqdm(total=self.settings["epochs"] * len(batches), initial=done,
+                            leave=False, disable=None, dynamic_ncols=True,
+                            bar_format="{desc} {remaining} {postfix} {bar}")
+        self.bar.set_description_str(f"{self.word()} {epoch}/{self.settings['epochs']}")
+        try:
+            for i, index in enumerate(batches):
+                yield index
+                self.bar.update()
+                if i % 10 == 0:
+                    self.show()
+        finally:
+            # Reading a number off a GPU waits for it: what was queued belongs to training.
+            self.total = self.total.cpu()
+            self.training_seconds = time.time() - self.began
+
+    def count(self, loss: torch.Tensor, logits: dict, y: torch.Tensor) -> None:
+        """For the log: the loss and the logits, name -> (B, C), of one part of a batch."""
+        if "joint" in logits:                             # a method with a head of its own
+            logits = {"joint": logits["joint"]}
+        right = metrics.count_right({name: z.detach() for name, z in logits.items()}, y)
+        self.seen += len(y)
+        self.total += torch.stack([loss.detach() * len(y), right])
+
+    def note(self, **values) -> None:
+        """For the log: numbers of the method's own, averaged over the batches of the epoch."""
+        for name, value in values.items():
+            self.notes.setdefault(name, []).append(float(value))
+
+    def end_of_epoch(self, epoch: int, logits: dict, tensors: dict) -> None:
+        """Score the validation logits, write the log, save `tensors` where the epoch is the best.
+
+        Epoch 0, before any step, is a candidate like the others. Raises ValueError when the
+        training loss is not finite.
+        """
+        counted = dict(loss=None)
+        if epoch > 0:
+            counted = self.counted(epoch)
+        self.scores = metrics.all_scores(logits, self.split("val").labels, self.info)
+        chosen = self.scores[self.fusion(self.scores)]
+        # Of equal scores the lower loss.
+        key = [chosen[metrics.metric(self.info)], -chosen["loss"]]
+        improved = self.best is None or key > self.best
+        if improved:
+            self.best, self.best_epoch = key, epoch
+        self.log(dict(epoch=epoch, **counted, val=self.scores))
+        self.show()
+        if improved:
+            self.save_tensors("model.safetensors", tensors)
+        if epoch > 0:
+            self.history.append(key[0])
+            self.save_last(tensors, epoch)
+        self.start_counting()
+
+    def counted(self, epoch: int) -> dict:
+        """What was counted in this epoch, for the log. `seconds` include validation."""
+        seconds = time.time() - self.began
+        self.seconds += seconds
+        if self.seen == 0:                                # `break` came before the first batch
+            return dict(loss=None, seconds=seconds)
+        loss, right = (self.total / self.seen).tolist()
+        if not math.isfinite(loss):
+            raise ValueError(f"{self.folder}: training diverged, the loss of epoch {epoch} is"
+                             f" {loss}; delete the folder and try a smaller --lr")
+        notes = {name: sum(values) / len(values) for name, values in self.notes.items()}
+        speed = self.seen / max(seconds, 1e-9)
+        return dict(loss=loss, train=right, seconds=seconds, samples_per_second=speed, **notes)
+
+    def fusion(self, scores: dict) -> str:
+        """The name of the prediction that chooses the epoch."""
+        return self.settings.get("fusion") or next(iter(scores))
+
+    def log(self, line: dict) -> None:
+        with open(self.folder / "log.jsonl", "a") as f:
+            f.write(json.dumps(line) + "\n")
+
+    def save_last(self, tensors: dict, epoch: int) -> None:
+        state = dict(lines=epoch + 1, best=self.best, best_epoch=self.best_epoch,
+                     history=self.history, seconds=self.seconds)
+        moments = {}
+        for i, values in self.optimizer.state_dict()["state"].items():
+            for name, value in values.items():
+                if value is not None:
+                    moments[f"optimizer/{i}/{name}"] = torch.as_tensor(value)
+        file = self.folder / "last.safetensors"
+        write_tensors(file, tensors | moments, {"state": json.dumps(state)})
+
+    # ---- The line on the screen ----
+
+    def word(self) -> str:
+        return self.settings.get("modality") or self.settings["method"]
+
+    def show(self) -> None:
+        """Loss, learning rate, validation of each modality and of all together, the best so far."""
+        words = []
+        if self.seen:
+            words.append(f"loss {float(self.total[0]) / self.seen:.3f}")
+        words.append(f"lr {self.optimizer.param_groups[0]['lr']:.1e}")
+        for name, score in self.scores.items():
+            percent = f"{100 * score[metrics.metric(self.info)]:.1f}"
+            if name == self.settings.get("fusion"):
+                words.append(f"all {percent}")
+            elif name not in ("prob", "logits"):
+                words.append(f"{name} {percent}")
+        if self.best:
+            words.append(f"best {100 * self.best[0]:.1f}")
+        if self.bar is not None:
+            self.bar.set_postfix_str(" ".join(words), refresh=False)
+
+    # ---- After training ----
+
+    def load_best(self, models: nn.ModuleDict) -> None:
+        """Put the weights of the best epoch back into `models`."""
+        if self.bar is not None:
+            self.bar.close()
+        models.load_state_dict(self.tensors("model.safetensors"), strict=False)
+
+    def finish(self, logits: dict[str, dict], models: nn.ModuleDict) -> "Run":
+        """Write the result. logits: {"val": ..., "test": ...} of the best epoch, from `predict`."""
+        settings, trained = self.settings, 0
+        for p in models.parameters():
+            if p.requires_grad:
+                trained += p.numel()
+        result = {}
+        for key in ("method", "dataset", "seed", "modality", "encoder", "encoders", "fusion"):
+            if key in settings:
+                result[key] = settings[key]
+        tensors = {}
+        for split in logits:
+            result[split] = metrics.all_scores(logits[split], self.split(split).labels, self.info)
+            for name, z in logits[split].items():
+                tensors[f"{split}.{name}"] = z
+        result |= dict(best_epoch=self.best_epoch, trained_parameters=trained, seconds=self.seconds,
+                       peak_memory_mib=peak_memory_mib(self.device))
+        if "unimodal" in settings and settings["fusion"] != "joint":
+            result["ume"] = self.scores_of_ume(logits)
+        self.save_tensors("logits.safetensors", tensors)
+        write_json(self.folder / "result.json", result)
+        (self.folder / "last.safetensors").unlink(missing_ok=True)
+        self.say_how_it_ended()
+        return self
+
+    def scores_of_ume(self, splits) -> dict:
+        """The ensemble the run started from, out of the stored logits of its uni-modal runs."""
+        stored, out = {}, {}
+        for m, base in self.settings["unimodal"].items():
+            stored[m] = load_file(self.folder.parent / base["run"] / "logits.safetensors")
+        for split in splits:
+            logits = {m: stored[m][f"{split}.{m}"] for m in stored}
+            out[split] = metrics.all_scores(logits, self.split(split).labels, self.info)
+        return out
+
+    def say_how_it_ended(self) -> None:
+        score = f"validation {100 * self.best[0]:.1f}"
+        epochs = self.settings["epochs"]
+        print(f"{self.folder}: best epoch {self.best_epoch} of {epochs}, {score}", flush=True)
+
+    # ---- Files ----
+
+    def split(self, name: str) -> data.Split:
+        return data.Split(self.data_folder, name)
+
+    def save_tensors(self, name: str, tensors: dict) -> None:
+        write_tensors(self.folder / name, tensors)
+
+    def tensors(self, name: str) -> dict:
+        return load_file(self.folder / name)
+
+
+def write_text(file: Path, text: str) -> None:
+    # Whoever opens `file` sees the old content or the new one, never a part.
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, file)
+
+
+def write_json(file: Path, value) -> None:
+    write_text(file, json.dumps(value, indent=1) + "\n")
+
+
+def write_tensors(file: Path, tensors: dict, metadata: dict | None = None) -> None:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(whole, temporary, metadata)
+    os.replace(temporary, file)
+
+
+def read_json(file: Path):
+    """Raises ValueError with the file's name where it holds no JSON."""
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+
+
+def commit() -> str | None:
+    """The commit of this project, where git knows it."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    asked = subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True,
+                           cwd=fingerprint.PROJECT)
+    return asked.stdout.strip() or None
+
+
+# ---- Finished runs ----
+
+def check_finished(folder: Path) -> None:
+    """Raises ValueError for a folder without a finished run; it names those there are."""
+    if (folder / "result.json").exists():
+        return
+    there = sorted(str(file.parent) for file in folder.parent.glob("*/result.json"))
+    if not there:
+        there = sorted(str(file.parent) for file in folder.parent.parent.glob("*/*/result.json"))
+    told = f"finished: {', '.join(there)}" if there else "nothing is finished there"
+    raise ValueError(f"{folder} holds no finished run (no result.json); {told}")
+
+
+def but_seed(settings: dict) -> str:
+    """What runs of one experiment share."""
+    kept = {k: v for k, v in settings.items() if k not in ("seed", "unimodal")}
+    return json.dumps(kept, sort_keys=True)
+
+
+def started_from(folder: Path, settings: dict, modality: str) -> str | None:
+    """What an encoder of a run was before any training of ours: a file, "none" (random weights), or
+    its own name, which stands for the public checkpoint. None: nobody wrote it down."""
+    if "unimodal" in settings:                            # a joint run leaves that to step 1
+        file = folder.parent / settings["unimodal"][modality]["run"] / "config.json"
+        if not file.exists():
+            return None
+        settings = read_json(file)["settings"]
+    start = settings.get("pretrained")
+    if isinstance(start, dict):
+        return start.get(modality)
+    return start
+
+
+# ---- Memory ----
+
+def reset_peak_memory(device: str) -> None:
+    """From here on the peak is that of this run, not that of step 1 in the same process."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.access("/proc/self/clear_refs", os.W_OK):     # Linux
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_mib(device: str) -> float | None:
+    """Peak memory on the device, or of this process on the CPU; None where nobody tells."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2 ** 10
+    return None

@@ -1,0 +1,1 @@
+"""Public models: their weights and vocabularies, without the libraries they come from."""
