@@ -15,7 +15,8 @@ class BertAdam(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr, warmup=-1, t_total=-1, weight_decay=0.01):
-        super().__init__(params, dict(lr=lr, warmup=warmup, t_total=t_total, weight_decay=weight_decay))
+        defaults = dict(lr=lr, warmup=warmup, t_total=t_total, weight_decay=weight_decay)
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -42,7 +43,7 @@ class BertAdam(torch.optim.Optimizer):
         """What the learning rate is multiplied with before `step`."""
         if group["t_total"] < 0:
             return 1.0
-        x, warmup = step / group["t_total"], group["warmup"]
+        x, warmup = step / group["t_total"], max(group["warmup"], 0)
         if x < warmup:
             return x / warmup
         return max((x - 1) / (warmup - 1), 0.0)
@@ -57,13 +58,15 @@ def make_optimizer(name: str, model, lr: float, weight_decay: float, steps: int 
     decayed, spared = [], []
     for parameter, p in model.named_parameters():
         if p.requires_grad:
-            # Decay pulls towards zero. A bias or a norm's gain has no reason to be there. A and B
-            # are spared too: LoRA should not be pulled back to W0.
-            if p.ndim < 2 or parameter.endswith(("lora_A", "lora_B")):
-                spared.append(p)
-            else:
+            # Decay pulls towards zero. That is for the weights of linear layers, convolutions and
+            # embeddings. A bias, a norm's gain, a class token, a position or a prompt has no reason
+            # to be at zero; and A and B should not be pulled back to W0.
+            if parameter.endswith("weight") and p.ndim > 1:
                 decayed.append(p)
-    groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=spared, weight_decay=0.0)]
+            else:
+                spared.append(p)
+    groups = [dict(params=decayed, weight_decay=weight_decay),
+              dict(params=spared, weight_decay=0.0)]
     if name == "bertadam":
         return BertAdam(groups, lr, warmup=0.1, t_total=steps)
     if name == "sgd":
@@ -72,7 +75,10 @@ def make_optimizer(name: str, model, lr: float, weight_decay: float, steps: int 
 
 
 def set_lr(optimizer, settings: dict, step: int, steps: int, history: list[float]) -> None:
-    """Set the learning rate before `step` of `steps`; history: the validation score of every epoch."""
+    """Set the learning rate before `step` of `steps`.
+
+    history: the validation score of every epoch so far.
+    """
     schedule = settings["schedule"]
     if isinstance(optimizer, BertAdam) and schedule == "cosine":
         schedule = "constant"                         # it has a schedule of its own
