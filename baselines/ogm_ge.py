@@ -43,13 +43,22 @@ def coefficients(scores: dict, alpha: float) -> dict:
 
 @torch.no_grad()
 def modulate(encoder, k, noise: bool, conv_only: bool) -> None:
-    """Change the gradients of an encoder in place. The noise comes from the device's generator, which every epoch seeds anew."""
+    """Change the gradients of an encoder in place.
+
+    The noise comes from the device's generator, which every epoch seeds anew. A row without gradient
+    gets none: it belongs to a word that is not in the batch, and AdamW would move that word.
+    """
     for p in encoder.parameters():
-        if p.grad is not None and (p.ndim == 4 if conv_only else p.ndim > 1):
-            std = p.grad.std() + 1e-8                                                      # of the gradient as it was
-            p.grad.mul_(k)
-            if noise:
-                p.grad.add_(torch.randn_like(p.grad) * std)
+        wanted = p.ndim == 4 if conv_only else p.ndim > 1
+        if p.grad is None or not wanted:
+            continue
+        touched = (p.grad != 0).flatten(1).any(1)             # rows of an embedding, outputs of a layer
+        std = p.grad[touched].std() + 1e-8                    # of the gradient as it was
+        p.grad.mul_(k)
+        if noise:
+            drawn = torch.randn_like(p.grad) * std
+            drawn[~touched] = 0
+            p.grad.add_(drawn)
 
 
 def train(args, seed: int) -> runs.Run:
