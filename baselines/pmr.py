@@ -1,28 +1,35 @@
-"""PMR: prototypical modal rebalance (Fan et al., "PMR: Prototypical Modal Rebalance for Multimodal Learning", CVPR 2023;
-fanyunfeng-bit/Modal-Imbalance-PMR).
+"""PMR: prototypical modal rebalance (Fan et al., "PMR: Prototypical Modal Rebalance for Multimodal
+Learning", CVPR 2023; fanyunfeng-bit/Modal-Imbalance-PMR).
 
     python -m baselines.pmr --dataset crema_d
 
-The concat baseline, plus a loss that speaks to the slow encoder directly: pull its features towards the prototype of their class, the mean
-feature of that class. How much a modality needs it is read off the same distances:
+The concat baseline, and a loss that speaks to the slow encoder directly: pull its features towards the
+prototype of their class, the mean feature of that class. The same distances say how much a modality
+needs it:
 
     c_mk = class mean of h_m, over a tenth of train, anew every epoch with momentum
-    p_m(k|x) = softmax_k(-||h_m(x) - c_mk||)             s_m = sum_i p_m(y_i|x_i)
+    p_m(k|x) = softmax_k(-||h_m(x) - c_mk||)             s_m = sum_i p_m(y_i|x_i), over the batch
     beta_m = clip(max_j s_j / s_m - 1, 0, 1)             0 for the leading modality
-    L = CE(z, y) + alpha sum_m beta_m PCE_m              PCE_m = -mean log p_m(y): the prototype loss
-      - mu max_m(beta_m) H(p_leader)                     PER, first epochs only: keeps the leader's entropy up, so it does not run away
+    L = CE(z, y) + alpha sum_m beta_m PCE_m              PCE_m = -mean log p_m(y): prototype loss
+      - mu max_m(beta_m) H(p_leader)                     PER, first epochs: keeps the leader's entropy up
 
-With M = 2 this is the paper's: rho = s_0/s_1, beta = clip(1/rho - 1, 0, 1) for modality 0 if rho < 1, gamma = clip(rho - 1, 0, 1) for
-modality 1 otherwise, and the leader's entropy weighed by the other's coefficient. The form above for M > 2 is ours.
+With M = 2 this is the paper's: rho = s_0/s_1; beta = clip(1/rho - 1, 0, 1) for modality 0 if rho < 1,
+gamma = clip(rho - 1, 0, 1) for modality 1 otherwise; the leader's entropy is weighed by the other's
+coefficient. The form above for M > 2 is ours.
 
 Where we differ from the authors' code, and why:
- 1. It has no PER (issues 4, 7, 9), and switches beta and gamma between 0 and 1; we follow the paper. The paper gives no number of epochs for PER:
-    a tenth of all.
- 2. It takes the first tenth of the batches for prototypes, and a class that is absent there becomes NaN. We draw the tenth class by class, at
-    least one sample of each; a class without any training sample has no prototype and takes no part in the softmax.
- 3. For some data sets it computes prototypes from validation or test samples; we from train only, without augmentation, in eval mode.
- 4. AdamW and our schedule instead of SGD; momentum 0.2, alpha 1 and mu 1e-2 are the code's and the paper's values.
- 5. Distances by torch.cdist instead of a double loop. Single-label data only: there is no class mean with several labels a sample.
+ 1. It has no PER (issues 4, 7, 9), and switches beta and gamma between 0 and 1. We follow the paper. The
+    paper gives no number of epochs for PER: a tenth of all.
+ 2. It takes the first tenth of the batches for prototypes, and a class that is absent there becomes NaN.
+    We draw the tenth class by class, at least one sample of each. A class without any training sample
+    has no prototype and takes no part in the softmax.
+ 3. For some data sets it computes prototypes from validation or test samples. We take train only,
+    without augmentation, in eval mode.
+ 4. AdamW and our schedule instead of SGD. Momentum 0.2, alpha 1 and mu 1e-2 are the code's and the
+    paper's values. The prototype loss ends after two thirds of the epochs, as theirs does (100 of 150).
+ 5. Distances by torch.cdist instead of a double loop. Single-label data only: there is no class mean with
+    several labels a sample.
+ 6. With --micro-batch s_m is still that of the whole batch. Its parts are encoded twice for that.
 """
 import math
 
@@ -35,7 +42,7 @@ from harness import arguments, metrics, optim, runs
 
 
 class Prototypes(torch.nn.Module):
-    """c_mk of every modality and class as buffers, so that a resumed run has them; `seen`: which classes have one."""
+    """c_mk of every modality and class, as buffers; `seen`: which classes have one."""
 
     def __init__(self, models, classes: int):
         super().__init__()
@@ -45,34 +52,51 @@ class Prototypes(torch.nn.Module):
 
     @torch.no_grad()
     def update(self, h: dict, y: torch.Tensor, momentum: float) -> None:
-        """h: modality -> (n, D_m); y: (n,). A class met for the first time takes its mean as it is; one that is absent keeps what it had."""
-        one_hot = F.one_hot(y, len(self.seen)).float()                                     # (n, C)
+        """h: modality -> (n, D_m); y: (n,). The share `momentum` of the old prototypes is kept.
+
+        A class that is met for the first time takes its mean as it is. One that is absent keeps
+        what it had.
+        """
+        one_hot = F.one_hot(y, len(self.seen)).float()                         # (n, C)
         count = one_hot.sum(0)
         keep = torch.where(self.seen, momentum, 0.0)[:, None]
         for m, v in h.items():
-            c, mean = getattr(self, m), (one_hot.T @ v) / count.clamp(min=1)[:, None]      # (C, D_m)
+            c = getattr(self, m)                                               # (C, D_m)
+            mean = (one_hot.T @ v) / count.clamp(min=1)[:, None]
             c.copy_(torch.where(count[:, None] > 0, keep * c + (1 - keep) * mean, c))
         self.seen |= count > 0
 
     def log_prob(self, m: str, h: torch.Tensor) -> torch.Tensor:
         """log p_m(k|x), (B, C); -inf for classes without prototype."""
-        return (-torch.cdist(h, getattr(self, m))).masked_fill(~self.seen, -torch.inf).log_softmax(-1)
+        distance = torch.cdist(h, getattr(self, m))
+        return (-distance).masked_fill(~self.seen, -torch.inf).log_softmax(-1)
 
-    def terms(self, h: dict, y: torch.Tensor):
-        """-> PCE_m, H(p_m), beta_m, dicts of numbers, and the leading modality. Samples of a class without prototype count in none of them."""
-        log_p = {m: self.log_prob(m, v)[self.seen[y]] for m, v in h.items()}
-        y = y[self.seen[y]]
-        s = {m: v.detach().exp().gather(1, y[:, None]).sum() for m, v in log_p.items()}
+    @torch.no_grad()
+    def scores(self, h: dict, y: torch.Tensor) -> dict:
+        """s_m of these samples; those of a class without prototype do not count."""
+        known = self.seen[y]
+        s = {}
+        for m, v in h.items():
+            p = self.log_prob(m, v[known]).exp()
+            s[m] = p.gather(1, y[known][:, None]).sum()
+        return s
+
+    def loss(self, h: dict, y: torch.Tensor, s: dict, alpha: float, mu: float):
+        """-> what PMR adds to the cross-entropy, and beta_m. s: scores of the whole batch."""
         leader = max(s, key=s.get)
         beta = {m: (s[leader] / v.clamp(min=1e-12) - 1).clamp(0, 1) for m, v in s.items()}
-        pce = {m: F.nll_loss(v, y, reduction="sum") / max(len(y), 1) for m, v in log_p.items()}
-        finite = {m: v[:, self.seen] for m, v in log_p.items()}                            # p log p has no gradient at p = 0
-        return pce, {m: -(v.exp() * v).sum() / max(len(y), 1) for m, v in finite.items()}, beta, leader
-
-    def loss(self, h: dict, y: torch.Tensor, alpha: float, mu: float):
-        """What PMR adds to the cross-entropy, and beta_m."""
-        pce, entropy, beta, leader = self.terms(h, y)
-        return alpha * sum(beta[m] * pce[m] for m in h) - mu * max(beta.values()) * entropy[leader], beta
+        known = self.seen[y]
+        n = max(int(known.sum()), 1)
+        extra = 0.0
+        for m, v in h.items():
+            log_p = self.log_prob(m, v[known])
+            pce = F.nll_loss(log_p, y[known], reduction="sum") / n             # PCE_m
+            extra = extra + alpha * beta[m] * pce
+            if m == leader:
+                log_p = log_p[:, self.seen]           # p log p has no gradient at p = 0
+                entropy = -(log_p.exp() * log_p).sum() / n
+                extra = extra - mu * max(beta.values()) * entropy              # PER
+        return extra, beta
 
 
 def a_share_of_every_class(labels: torch.Tensor, share: float, seed: int) -> torch.Tensor:
@@ -116,11 +140,26 @@ def train(args, seed: int) -> runs.Run:
     def predict(split):
         return metrics.predict(forward, models, split, args.device, settings)
 
+    @torch.no_grad()
+    def look_at(pieces):
+        """s_m of a batch that comes in parts: they are encoded once more, in eval mode, since
+        BatchNorm's statistics must not move twice."""
+        models.eval()
+        s = dict.fromkeys(settings["encoders"], 0.0)
+        for x, y, _ in pieces:
+            for m, value in prototypes.scores(features(x), y).items():
+                s[m] = s[m] + value
+        models.train()
+        return s
+
     subset = a_share_of_every_class(train_split.labels, args.share, seed)
     subset_labels = train_split.labels[subset].to(args.device)
     per_epochs = args.per_epochs
     if per_epochs is None:
         per_epochs = round(settings["epochs"] / 10)
+    pce_epochs = args.pce_epochs
+    if pce_epochs is None:
+        pce_epochs = round(settings["epochs"] * 2 / 3)
 
     # ---- Training ----
     first_epoch = run.resume(models, optimizer)               # 0 for a new run
@@ -136,17 +175,25 @@ def train(args, seed: int) -> runs.Run:
         # ---- PMR: new prototypes every epoch, of features without augmentation ----
         h = metrics.predict(features, models, train_split, args.device, settings, subset)
         h = {m: v.to(args.device) for m, v in h.items()}
-        prototypes.update(h, subset_labels, args.momentum)
-        mu = args.mu if epoch <= per_epochs else 0
+        # The first refresh, before epoch 2, keeps nothing of the prototypes of untrained encoders.
+        momentum = args.momentum if epoch > 2 else 0.0
+        prototypes.update(h, subset_labels, momentum)
+        alpha = args.alpha if epoch <= pce_epochs else 0.0
+        mu = args.mu if epoch <= per_epochs else 0.0
         for index in run.progress(batches, epoch):
             optim.set_lr(optimizer, settings, step, steps, run.history)
             batch = data.inputs(train_split, index, models, args.device, settings, rng)
             optimizer.zero_grad()
-            for x, y, share in data.parts(batch, args.micro_batch):
+            pieces = data.parts(batch, args.micro_batch)
+            if len(pieces) > 1:                               # s is about the whole batch
+                s = look_at(pieces)
+            for x, y, share in pieces:
                 h = features(x)
                 z = joint(h)
+                if len(pieces) == 1:
+                    s = prototypes.scores(h, y)
                 # ---- PMR: pull slow features to their prototypes ----
-                extra, beta = prototypes.loss(h, y, args.alpha, mu)
+                extra, beta = prototypes.loss(h, y, s, alpha, mu)
                 loss = metrics.cross_entropy(z, y) + extra
                 (share * loss).backward()
                 run.count(loss, {"joint": z}, y)
@@ -162,7 +209,7 @@ def train(args, seed: int) -> runs.Run:
     return run.finish({"val": predict(val_split), "test": predict(test_split)}, models)
 
 
-OPTIONS = ("alpha", "mu", "per_epochs", "momentum", "share")
+OPTIONS = ("alpha", "pce_epochs", "mu", "per_epochs", "momentum", "share")
 
 
 def parser():
@@ -170,6 +217,8 @@ def parser():
     own = p.add_argument_group("PMR")
     own.add_argument("--alpha", type=float, default=1.0,
                      help="weight of the prototype losses; default: 1")
+    own.add_argument("--pce-epochs", type=int,
+                     help="they act in the first so many epochs; default: two thirds of them")
     own.add_argument("--mu", type=float, default=0.01,
                      help="weight of the entropy term PER, 0 turns it off; default: 0.01")
     own.add_argument("--per-epochs", type=int,
