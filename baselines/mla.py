@@ -1,33 +1,43 @@
-"""MLA: alternating uni-modal adaptation (Zhang et al., "Multimodal Representation Learning by Alternating Unimodal Adaptation", CVPR 2024;
-Cecile-hi/Multimodal-Learning-with-Alternating-Unimodal-Adaptation).
+"""MLA: alternating uni-modal adaptation (Zhang et al., "Multimodal Representation Learning by Alternating
+Unimodal Adaptation", CVPR 2024; Cecile-hi/Multimodal-Learning-with-Alternating-Unimodal-Adaptation).
 
     python -m baselines.mla --dataset crema_d
     python -m baselines.mla --dataset crema_d --order visual audio --separate-heads
 
-No joint loss, so nobody can be lazy: in every batch the modalities take turns, each with its own loss, and meet only in one shared head.
+There is no joint loss, so no modality can be lazy. In every batch the modalities take turns, each with
+its own loss. They meet in one shared head:
 
     for m in order:   L_m = CE(W h_m + b, y), updates encoder m and the head (W, b)
 
-What one modality does to the head should not undo what it learnt from the one before. So W's gradient is projected away from the mean
-features seen so far (orthogonal weight modification, by recursive least squares):
+What one modality does to the head should not undo what the one before has learnt. So the head's gradient
+is projected away from the mean features seen so far (orthogonal weight modification, by recursive least
+squares; every feature with a 1 appended, for the bias):
 
-    grad_W <- grad_W P            P_0 = I,    q = P hbar / (alpha + hbar^T P hbar),    P <- P - q (P hbar)^T       hbar: mean of h_m over the batch
+    grad_W <- grad_W P     P_0 = I,  q = P hbar / (alpha + hbar^T P hbar),  P <- P - q (P hbar)^T
+                           hbar: mean of h_m over the batch
 
-P is updated after the step, and so, when m has its turn, knows the modalities before it, of this batch and all earlier ones. A gradient step
-G P then moves the logits of a seen mean by G P hbar, almost nothing. At test each sample is fused by how sure each modality is:
-p = sum_m lambda_m p_m, lambda = softmax over m of minus the entropy of p_m. Any number of modalities M >= 2.
+P is updated after the step. When m has its turn, P knows the modalities before it, of this batch and of
+all earlier ones. A gradient step G P moves the logits of a seen mean by G P hbar, almost nothing. At test
+each sample is fused by how sure each modality is: p = sum_m lambda_m p_m, lambda = softmax over m of minus
+the entropy of p_m. Any number of modalities M >= 2.
 
 Where we differ from the authors' code, and why:
- 1. As released it never projects: it asks an nn.Linear for a parameter "module.weight", and its name is "weight". --no-projection is what it does.
- 2. There P would be updated with the present modality first, divided elementwise by the matrix alpha + P h h^T where the formula
-    has the number alpha + h^T P h, and normalised at each step: not symmetric any more, with negative eigenvalues. Ours is the formula.
- 3. alpha is 0.1 for good; there it falls from 0.1 to 0.01 inside each epoch.
- 4. Entropy is that of one sample; there the softmax runs over the batch, so that a prediction depends on who else is in the batch.
-    Probabilities are weighted, as MMLoRA averages them; there logits are.
- 5. Other encoders' gradients are None, so neither momentum nor decay moves them; with the torch it was written for they were zeros.
- 6. AdamW instead of SGD. It divides the projected gradient by its running size, element by element, which turns a small step into a full one,
-    slightly off its direction: the protection of seen features is weaker than with SGD.
- 7. --separate-heads: no shared head, hence no projection: uni-modal training with entropy fusion, the control its reviewers asked for.
+ 1. As released it never projects: it asks an nn.Linear for a parameter "module.weight", and its name is
+    "weight". --no-projection is what it does.
+ 2. There P would be updated with the present modality first, divided elementwise by the matrix
+    alpha + P h h^T where the formula has the number alpha + h^T P h, and normalised at each step: not
+    symmetric any more, with negative eigenvalues. Ours is the formula. It collapses, see below.
+ 3. alpha is 0.1 for good. There it falls from 0.1 to 0.01 inside each epoch.
+ 4. The bias is projected, too. There only the weight would be, and the bias undoes what that protects.
+ 5. Entropy is that of one sample. There the softmax runs over the batch, so a prediction depends on who
+    else is in the batch. Probabilities are weighted, as MMLoRA averages them. There logits are.
+ 6. Other encoders' gradients are None, so neither momentum nor decay moves them. With the torch it was
+    written for they were zeros.
+ 7. AdamW instead of SGD. It divides the projected gradient by its running size, element by element, which
+    turns a small step into a full one, slightly off its direction: the protection of seen features is
+    weaker than with SGD.
+ 8. --separate-heads: no shared head, hence no projection: uni-modal training with entropy fusion, the
+    control that its reviewers asked for.
 """
 import math
 
@@ -39,20 +49,26 @@ from harness import arguments, metrics, optim, runs
 
 
 class Projection(torch.nn.Module):
-    """P (D, D) float32, a buffer, so that a resumed run has it: about I - (projector onto all features seen)."""
+    """P (D + 1, D + 1) float32, a buffer: about I - (projector onto all features seen).
+
+    Features get a 1 appended, [h ; 1], so that the bias is protected with the weight.
+    """
 
     def __init__(self, width: int, alpha: float):
         super().__init__()
         self.alpha = alpha
-        self.register_buffer("P", torch.eye(width))
+        self.register_buffer("P", torch.eye(width + 1))
 
     def project(self, head: torch.nn.Linear) -> None:
-        """Replace the gradient of the weight, (C, D), by its part away from what was seen."""
-        head.weight.grad = head.weight.grad @ self.P
+        """Replace the gradient of [W b], (C, D + 1), by its part away from what was seen."""
+        gradient = torch.cat([head.weight.grad, head.bias.grad[:, None]], dim=1) @ self.P
+        head.weight.grad, head.bias.grad = gradient[:, :-1], gradient[:, -1]
 
     @torch.no_grad()
     def update(self, h: torch.Tensor) -> None:
-        """h: a mean feature (D,). P stays symmetric, with eigenvalues in [0, 1]: it is the inverse of I + sum h h^T / alpha."""
+        """h: a mean feature (D,). P stays symmetric, with eigenvalues in [0, 1]: it is the inverse
+        of I + sum h h^T / alpha."""
+        h = torch.cat([h, h.new_ones(1)])
         Ph = self.P @ h
         self.P -= torch.outer(Ph, Ph) / (self.alpha + h @ Ph)
 
