@@ -233,7 +233,8 @@ class Run:
         self.start_counting()
 
     def counted(self, epoch: int) -> dict:
-        """What was counted in this epoch, for the log. `seconds` include validation."""
+        """What was counted in this epoch, for the log. `seconds` include validation, the speed
+        does not."""
         seconds = time.time() - self.began
         self.seconds += seconds
         if self.seen == 0:                                # `break` came before the first batch
@@ -243,7 +244,7 @@ class Run:
             raise ValueError(f"{self.folder}: training diverged, the loss of epoch {epoch} is"
                              f" {loss}; delete the folder and try a smaller --lr")
         notes = {name: sum(values) / len(values) for name, values in self.notes.items()}
-        speed = self.seen / max(seconds, 1e-9)
+        speed = self.seen / max(self.training_seconds, 1e-9)
         return dict(loss=loss, train=right, seconds=seconds, samples_per_second=speed, **notes)
 
     def fusion(self, scores: dict) -> str:
