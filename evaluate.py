@@ -111,10 +111,11 @@ def open_pretrained(args, seed: int) -> tuple:
     encoder = arguments.encoder_of(args, m)
     start = arguments.pretrained_of(args, m, encoder)
     args.batch_size, args.precision, args.again = None, "fp32", True
+    args.micro_batch = args.drop_path = None
     settings = dict(method="pretrained", modality=m, encoder=encoder, pretrained=start,
                     **arguments.common_settings(args, seed, info, epochs=0))
     torch.manual_seed(seed)               # the weights, where nothing is pre-trained
-    models = nn.ModuleDict({m: pretrained_model(start, encoder, info, m)})
+    models = nn.ModuleDict({m: pretrained_model(settings, m, info)})
     run = runs.Run(args, f"probe-{m}-{encoder}-s{seed}", settings, where, info,
                    fingerprint.PROJECT / "encoders.py")
     run.begin()

@@ -31,7 +31,7 @@ def train(args, modality: str, seed: int) -> runs.Run:
 
     # ---- Model: a public encoder and a new linear head ----
     torch.manual_seed(seed)
-    model = pretrained_model(settings["pretrained"], settings["encoder"], info, modality)
+    model = pretrained_model(settings, modality, info)
     models = torch.nn.ModuleDict({modality: model}).to(args.device)
 
     # ---- Optimiser ----

@@ -12,7 +12,7 @@ import torch
 import data
 import train_unimodal
 from harness import arguments, metrics, optim, runs
-from harness.models import load_unimodal
+from harness.models import load_unimodal, set_drop_path
 from lora import mean_prob_loss
 
 
@@ -42,6 +42,7 @@ def train(args, seed: int) -> runs.Run:
     models = torch.nn.ModuleDict()
     for m in modalities:
         models[m] = load_unimodal(unimodal[m], info)
+        set_drop_path(models[m], settings)                    # it acts again: nothing is frozen
     models.to(args.device)
 
     # ---- Optimiser: of all weights ----

@@ -36,8 +36,7 @@ def train(args, seed: int) -> runs.Run:
     torch.manual_seed(seed)
     models = torch.nn.ModuleDict()
     for m in modalities:
-        encoder, start = settings["encoders"][m], settings["pretrained"][m]
-        models[m] = pretrained_model(start, encoder, info, m)
+        models[m] = pretrained_model(settings, m, info)
         models[m].requires_grad_(False)
         if m in lora:
             add_lora(models[m], args.rank)                    # W0 + BA

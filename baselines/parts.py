@@ -22,9 +22,9 @@ def pretrained_encoders(settings: dict, info: dict) -> nn.ModuleDict:
     Every encoder starts from the very weights that step 1 with this seed starts it from.
     """
     models = nn.ModuleDict()
-    for m, encoder in settings["encoders"].items():
+    for m in settings["encoders"]:
         torch.manual_seed(settings["seed"])
-        models[m] = pretrained_model(settings["pretrained"][m], encoder, info, m)
+        models[m] = pretrained_model(settings, m, info)
         models[m].head = None
     return models
 

@@ -1,8 +1,8 @@
 """The command line of the training scripts: arguments, settings, seeds, learning rates.
 
-A script builds its parser with `parser`, adds its own arguments, and hands it to `main` together with
-a function `train(args, seed) -> Run`. Settings are what the arguments say, else what the paper says
-(`paper/settings.py`).
+A script builds its parser with `parser`, adds its own arguments, and hands it to `main` together
+with a function `train(args, seed) -> Run`. Settings are what the arguments say, else what the paper
+says (`paper/settings.py`).
 """
 import argparse
 import difflib
@@ -36,12 +36,13 @@ def parser(doc: str, script: str) -> argparse.ArgumentParser:
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     data = p.add_argument_group("data")
     data.add_argument("--dataset", default="toy", metavar="NAME",
-                      help=f"{', '.join(toy.WORLDS)} (generated), {', '.join(PREPARED)}, or the name"
-                           " of your own prepared data; default: toy")
+                      help=f"{', '.join(toy.WORLDS)} (generated), {', '.join(PREPARED)}, or the"
+                           " name of your own prepared data; default: toy")
     data.add_argument("--data-root", default="data", metavar="FOLDER",
                       help="folder of the prepared data sets; default: data")
     data.add_argument("--seed", type=int, default=0,
-                      help="initial weights, order, augmentation; of the toys also the world; default: 0")
+                      help="initial weights, order, augmentation; of a toy also the world;"
+                           " default: 0")
     data.add_argument("--seeds", type=int, nargs="+", metavar="SEED",
                       help="train one run for each of these; the table shows mean and deviation")
 
@@ -49,28 +50,33 @@ def parser(doc: str, script: str) -> argparse.ArgumentParser:
     model.add_argument("--encoder", nargs="+", default=[], metavar="[MODALITY=]NAME",
                        help=f"{', '.join(BUILD)}; default: those of Table 2")
     model.add_argument("--pretrained", nargs="+", default=[], metavar="[MODALITY=]PATH",
-                       help="a public checkpoint, or none for random weights; default: the public one,"
-                            " downloaded on first use")
+                       help="a public checkpoint, or none for random weights; default: the public"
+                            " one, downloaded on first use")
+    model.add_argument("--drop-path", type=rate, metavar="RATE",
+                       help="of AudioViT, wherever all its weights are trained (never under LoRA);"
+                            " 0 turns it off; default: ImageBind's, 0.1 in audio_vit_b")
 
     how = p.add_argument_group("training")
     how.add_argument("--epochs", type=positive(int), help="default: paper/settings.py")
     how.add_argument("--batch-size", type=positive(int),
                      help="default: 64, or 160 for image and text (Sec. 4.1.2)")
     how.add_argument("--micro-batch", type=positive(int),
-                     help="forward and backward so many samples at a time, when the batch does not fit"
-                          " into memory; the same gradients, except with BatchNorm (ResNets), which"
-                          " takes its statistics from what it sees at a time")
+                     help="forward and backward so many samples at a time, when the batch does not"
+                          " fit into memory; the same gradients, except with BatchNorm (ResNets),"
+                          " which takes its statistics from what it sees at a time")
     how.add_argument("--lr", type=positive(float), nargs="+",
-                     help="learning rate; of several the best on validation is shown; default: App. A")
+                     help="learning rate; of several the best on validation is shown; default:"
+                          " App. A")
     how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     how.add_argument("--precision", choices=("fp32", "bf16"),
                      help="bf16 is autocast; default: bf16 on cuda, fp32 on the CPU")
 
     out = p.add_argument_group("results")
-    out.add_argument("--out", default="runs", metavar="FOLDER", help="folder of all runs; default: runs")
+    out.add_argument("--out", default="runs", metavar="FOLDER",
+                     help="folder of all runs; default: runs")
     out.add_argument("--again", action="store_true",
-                     help="train anew what was made with other code, data or settings; the old run is"
-                          " moved aside")
+                     help="train anew what was made with other code, data or settings; the old run"
+                          " is moved aside")
     out.add_argument("--plot", action="store_true",
                      help="draw the training curves into the run's folder (needs matplotlib)")
     return p
@@ -99,6 +105,14 @@ def positive(kind):
             raise argparse.ArgumentTypeError(f"{text} is not above zero")
         return value
     return number
+
+
+def rate(text: str) -> float:
+    """An argparse type: from 0 to below 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to below 1")
+    return value
 
 
 def main(p: argparse.ArgumentParser, train) -> None:
@@ -158,7 +172,10 @@ def prepare_torch(dataset: str) -> None:
 # ---- Data ----
 
 def open_data(args, seed: int) -> tuple[Path, dict]:
-    """-> the folder of the prepared data and its dataset.json; all that can be checked before any work."""
+    """-> the folder of the prepared data and its dataset.json.
+
+    Checks whatever can be checked before any work.
+    """
     check_device(args.device)
     if args.plot:
         report.import_pyplot()
@@ -197,10 +214,10 @@ def find_toy(folder: Path, name: str, seed: int) -> Path:
     for file in ("prepare/toy.py", "data.py"):
         made_by[file] = fingerprint.hash_of_code(fingerprint.PROJECT / file)
     if (folder / "dataset.json").exists():
-        before = runs.read_json(folder / "dataset.json").get("made_by")
-        if before == made_by:
+        before = runs.read_json(folder / "dataset.json").get("made_by") or {}
+        changed = [file for file in made_by if before.get(file) != made_by[file]]
+        if not changed:
             return folder
-        changed = [file for file in made_by if (before or {}).get(file) != made_by[file]]
         print(f"{fingerprint.sentence(changed)}: making {folder} anew", flush=True)
     else:
         print(f"making {folder} (some seconds)", flush=True)
@@ -259,11 +276,16 @@ def pretrained_of(args, modality: str, encoder: str) -> str:
 def common_settings(args, seed: int, info: dict, epochs: int) -> dict:
     setting = paper.settings_for(args.dataset)
     on_gpu = args.device.startswith("cuda")
-    return dict(dataset=args.dataset, seed=seed, epochs=epochs,
-                batch_size=args.batch_size or setting["batch_size"],
-                precision=args.precision or ("bf16" if on_gpu else "fp32"),
-                classes=info["classes"], samples=info.get("counts"),
-                **{key: setting[key] for key in RECIPE})
+    settings = dict(dataset=args.dataset, seed=seed, epochs=epochs,
+                    batch_size=args.batch_size or setting["batch_size"],
+                    precision=args.precision or ("bf16" if on_gpu else "fp32"),
+                    classes=info["classes"], samples=info.get("counts"),
+                    **{key: setting[key] for key in RECIPE})
+    if args.micro_batch:
+        settings["micro_batch"] = args.micro_batch
+    if args.drop_path is not None:
+        settings["drop_path"] = args.drop_path
+    return settings
 
 
 def unimodal_settings(args, modality: str, seed: int, info: dict) -> dict:
@@ -337,7 +359,8 @@ def lora_modalities(args, info: dict) -> list[str]:
         asked = there
     unknown = sorted(set(asked) - set(there))
     if unknown:
-        raise ValueError(f"--lora {' '.join(unknown)}: {args.dataset} has {', '.join(there)}, or all")
+        raise ValueError(f"--lora {' '.join(unknown)}: {args.dataset} has {', '.join(there)},"
+                         " or all")
     return [m for m in there if m in asked]
 
 
@@ -363,6 +386,8 @@ def run_name(args, settings: dict) -> str:
     for m, encoder in settings["encoders"].items():
         if encoder != default.get(m):
             words.append(f"{m}-{encoder}")
+    if "drop_path" in settings:
+        words.append(f"drop-path{settings['drop_path']:g}")
     if settings["lr"] != args.default_lr:
         words.append(f"lr{settings['lr']:g}")
     return "-".join([*words, f"s{settings['seed']}"])

@@ -43,25 +43,45 @@ def vocabulary_size(name: str, info: dict) -> int:
     there = [info["tokenizer"], *(info.get("other_tokenizers") or [])]
     fitting = [tokenizer for tokenizer in there if tokenizer["kind"] == family.tokenizer]
     if not fitting:
-        raise ValueError(f"encoder {name} needs {family.tokenizer} token ids, but {info['name']} was"
-                         f" prepared with a {there[0]['kind']} tokenizer")
+        raise ValueError(f"encoder {name} needs {family.tokenizer} token ids, but {info['name']}"
+                         f" was prepared with a {there[0]['kind']} tokenizer")
     size = fitting[0]["vocab_size"]
     trained_from_scratch = "small" in name                # so any vocabulary will do
     if not trained_from_scratch and size != sizes["vocab_size"]:
-        raise ValueError(f"encoder {name} knows {sizes['vocab_size']} tokens, but {info['name']} was"
-                         f" prepared with a vocabulary of {size}; prepare it with the encoder's own")
+        raise ValueError(f"encoder {name} knows {sizes['vocab_size']} tokens, but {info['name']}"
+                         f" was prepared with a vocabulary of {size}; prepare it with the"
+                         " encoder's own")
     return size
 
 
-def pretrained_model(start: str, encoder: str, info: dict, modality: str) -> UnimodalModel:
-    """Encoder and new head. start: a file, "none", or the encoder's own name for its public
-    checkpoint, which is downloaded once."""
+def pretrained_model(settings: dict, modality: str, info: dict) -> UnimodalModel:
+    """Encoder and new head of a run with these settings.
+
+    It starts from what settings["pretrained"] says: a file, "none" for random weights, or the
+    encoder's own name for its public checkpoint, which is downloaded once.
+    """
+    if "encoders" in settings:                            # of a joint run
+        encoder, start = settings["encoders"][modality], settings["pretrained"][modality]
+    else:
+        encoder, start = settings["encoder"], settings["pretrained"]
     model = new_model(encoder, info, modality)
+    set_drop_path(model, settings)
     if start == encoder:
         checkpoints.load_public(model.encoder, checkpoints.download(encoder))
     elif start != "none":
         checkpoints.load_public(model.encoder, Path(start))
     return model
+
+
+def set_drop_path(model: nn.Module, settings: dict) -> None:
+    """--drop-path: the rate of the last block; it falls linearly to 0 at the first."""
+    if "drop_path" not in settings:
+        return
+    for encoder in model.modules():
+        if isinstance(encoder, AudioViT):
+            last = max(len(encoder.blocks) - 1, 1)
+            for i, block in enumerate(encoder.blocks):
+                block.drop_path = settings["drop_path"] * i / last
 
 
 def load_unimodal(run: runs.Run, info: dict) -> UnimodalModel:
