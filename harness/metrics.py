@@ -1,7 +1,7 @@
 """Predictions, fusion rules and scores.
 
 Nothing here uses `lora.py`: what measures must not change when the loss is edited.
-The prediction of a sample never depends on the other samples of its batch, whatever the fusion rule.
+Whatever the fusion rule, the prediction of a sample never depends on the others of its batch.
 
 Shapes: N samples, B batch, C classes, M modalities.
 """
@@ -171,7 +171,7 @@ def scores(logits: dict[str, torch.Tensor], labels: torch.Tensor, info: dict, ru
 
 
 def all_scores(logits: dict, labels: torch.Tensor, info: dict) -> dict:
-    """Each entry of `logits` alone, under its name. Several modalities also fused: "prob", "logits".
+    """Each entry of `logits` alone; of several modalities also their fusions, "prob" and "logits".
 
     A method with a head of its own has "joint" among its logits; that is its fusion.
     """

@@ -59,7 +59,8 @@ def closing_table(group: list) -> None:
     if "ume" in first.result:
         stayed = [str(r.settings["seed"]) for r in group if r.result["best_epoch"] == 0]
         if stayed:
-            print(f"training did not improve on UME (epoch 0 was the best): seed {' '.join(stayed)}")
+            print("training did not improve on UME (epoch 0 was the best): seed"
+                  f" {' '.join(stayed)}")
 
 
 def unimodal_of(run, modality: str):
@@ -82,7 +83,7 @@ def rows_of(group: list) -> list:
 
 
 def row_of(group: list) -> tuple:
-    """-> (label, [(test scores, result) of each seed]) of the prediction that the method is about."""
+    """-> (label, [(test scores, result) of each seed]) of the method's own prediction."""
     settings = group[0].settings
     label = NAMES[settings["method"]]
     if "rank" in settings:
@@ -115,7 +116,8 @@ def mmlora_beside(group: list) -> list[list]:
 def print_table(rows: list, folder: Path, info: dict) -> None:
     """rows: (label, [(scores, result or None) of each seed]); it fits 80 columns.
 
-    One seed: score +- binomial standard error. More: mean +- standard deviation, of groups the mean.
+    One seed: score +- binomial standard error. More: mean +- standard deviation; of groups the
+    mean alone.
     """
     name, seeds = metrics.metric(info), len(rows[0][1])
     n = len((folder / "test" / "ids.txt").read_text().splitlines())
@@ -130,7 +132,8 @@ def print_table(rows: list, folder: Path, info: dict) -> None:
     shown = extra[:4]                                     # more groups do not fit
     wide = max(len(label) for label, _ in rows)
     left = max(20, min(wide, WIDTH - 13 - 8 * len(shown) - 15))
-    print(f"{'':{left}}{name:>13}" + "".join(f"{g[:7]:>8}" for g in shown) + f"{'trained':>9}{'s':>6}")
+    groups = "".join(f"{g[:7]:>8}" for g in shown)
+    print(f"{'':{left}}{name:>13}{groups}{'trained':>9}{'s':>6}")
     for label, found in rows:
         cells = f"{main_cell([scores[name] for scores, _ in found], n, name):>13}"
         for key in shown:
