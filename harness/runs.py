@@ -181,7 +181,7 @@ class Run:
             done = (epoch - 1) * len(batches)
             self.bar = tqdm(total=self.settings["epochs"] * len(batches), initial=done,
                             leave=False, disable=None, dynamic_ncols=True,
-                            bar_format="{desc} {remaining} {postfix} {bar}")
+                            bar_format="{desc} {remaining}{postfix} {bar}")
         self.bar.set_description_str(f"{self.word()} {epoch}/{self.settings['epochs']}")
         try:
             for i, index in enumerate(batches):
