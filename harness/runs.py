@@ -181,14 +181,14 @@ class Run:
             done = (epoch - 1) * len(batches)
             self.bar = tqdm(total=self.settings["epochs"] * len(batches), initial=done,
                             leave=False, disable=None, dynamic_ncols=True,
-                            bar_format="{desc} {remaining}{postfix} {bar}")
-        self.bar.set_description_str(f"{self.word()} {epoch}/{self.settings['epochs']}")
+                            bar_format="{desc} {remaining} {bar}")
+        self.show(epoch)
         try:
             for i, index in enumerate(batches):
                 yield index
                 self.bar.update()
                 if i % 10 == 0:
-                    self.show()
+                    self.show(epoch)
         finally:
             # Reading a number off a GPU waits for it: what was queued belongs to training.
             self.total = self.total.cpu()
@@ -224,7 +224,7 @@ class Run:
         if improved:
             self.best, self.best_epoch = key, epoch
         self.log(dict(epoch=epoch, **counted, val=self.scores))
-        self.show()
+        self.show(epoch)
         if improved:
             self.save_tensors("model.safetensors", tensors)
         if epoch > 0:
@@ -268,15 +268,18 @@ class Run:
 
     # ---- The line on the screen ----
 
-    def word(self) -> str:
-        return self.settings.get("modality") or self.settings["method"]
+    def show(self, epoch: int) -> None:
+        """Epoch, loss, learning rate, validation of each modality and of all, the best so far.
 
-    def show(self) -> None:
-        """Loss, learning rate, validation of each modality and of all together, the best so far."""
-        words = []
+        With two modalities it fits 80 columns.
+        """
+        if self.bar is None:
+            return
+        what = self.settings.get("modality") or self.settings["method"]
+        words = [f"{what} {epoch}/{self.settings['epochs']}"]
         if self.seen:
-            words.append(f"loss {float(self.total[0]) / self.seen:.3f}")
-        words.append(f"lr {self.optimizer.param_groups[0]['lr']:.1e}")
+            words.append(f"loss {float(self.total[0]) / self.seen:.2f}")
+        words.append(f"lr {self.optimizer.param_groups[0]['lr']:.0e}")
         for name, score in self.scores.items():
             percent = f"{100 * score[metrics.metric(self.info)]:.1f}"
             if name == self.settings.get("fusion"):
@@ -285,8 +288,7 @@ class Run:
                 words.append(f"{name} {percent}")
         if self.best:
             words.append(f"best {100 * self.best[0]:.1f}")
-        if self.bar is not None:
-            self.bar.set_postfix_str(" ".join(words), refresh=False)
+        self.bar.set_description_str(" ".join(words), refresh=False)
 
     # ---- After training ----
 
