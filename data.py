@@ -10,10 +10,11 @@ A prepared data set is a folder of plain arrays. A script in `prepare/` makes it
         audio           float16  (N, clips, 128, 204)        text   int32  (N, L), 0 = padding
 
 The operating system reads only the pages that a batch touches, so no worker processes are needed.
-Pictures stay uint8 until they are on the device: a quarter of the bytes to move. There they are
-cropped, flipped and normalised, the whole batch at once.
+Pictures stay uint8 until they are on the device: that is a quarter of the bytes to move. There they
+are cropped, flipped and normalised, the whole batch at once.
 
-Shapes: N samples, B batch, V views of a sample (frames, clips, flow stacks), C channels, H x W pixels.
+Shapes: N samples, B batch, V views of a sample (frames, clips, flow stacks), C channels,
+H x W pixels.
 """
 import functools
 import json
@@ -30,29 +31,30 @@ import torch.nn.functional as F
 class Split:
     """One split of a prepared data set. `len()` is the number of samples.
 
-    labels: int64 (N,) or uint8 (N, C); arrays: modality -> memory-mapped array; kinds: modality -> kind.
-    Opening a split reads nothing but the labels. Raises ValueError where labels and arrays differ in N.
+    labels: int64 (N,) or uint8 (N, C); arrays: modality -> memory-mapped array; kinds: modality ->
+    kind. Opening a split reads only the labels. Raises ValueError where an array has another N.
     """
 
     def __init__(self, folder: Path, name: str):
         info = json.loads((folder / "dataset.json").read_text())
         self.kinds = info["modalities"]
         self.labels = torch.from_numpy(np.load(folder / name / "labels.npy"))
-        self.arrays = {m: np.load(folder / name / f"{m}.npy", mmap_mode="r") for m in self.kinds}
-        # The same texts as ids of another vocabulary: text.wordpiece.npy, text.byte_bpe.npy.
-        for m, kind in self.kinds.items():
-            if kind == "text":
-                for other in info.get("other_tokenizers") or []:
-                    key = f"{m}.{other['kind']}"
-                    self.arrays[key] = np.load(folder / name / f"{key}.npy", mmap_mode="r")
-        for key, array in self.arrays.items():
+        keys = list(self.kinds)
+        texts = [m for m, kind in self.kinds.items() if kind == "text"]
+        for other in info.get("other_tokenizers") or []:
+            # The same texts as ids of another vocabulary: text.wordpiece.npy, text.byte_bpe.npy.
+            keys += [f"{m}.{other['kind']}" for m in texts]
+        self.arrays = {}
+        for key in keys:
+            array = np.load(folder / name / f"{key}.npy", mmap_mode="r")
             if len(array) != len(self.labels):
-                raise ValueError(f"{folder / name}: {len(self.labels)} labels, but {len(array)} rows in"
-                                 f" {key}.npy; prepare the data set again")
+                raise ValueError(f"{folder / name}: {len(self.labels)} labels, but {len(array)}"
+                                 f" rows in {key}.npy; prepare the data set again")
+            self.arrays[key] = array
 
     @classmethod
     def of_one(cls, kinds: dict, row: dict) -> "Split":
-        """A split of one sample that was never stored; its label is unknown. row: modality -> array."""
+        """A split of one sample that was never stored, of unknown label. row: modality -> array."""
         split = cls.__new__(cls)
         split.kinds = kinds
         split.labels = torch.zeros(1, dtype=torch.int64)
@@ -66,7 +68,7 @@ class Split:
 # ---- Batches ----
 
 def epoch_rng(seed: int, epoch: int) -> torch.Generator:
-    """All randomness of one epoch. It depends on nothing else, so a run that was killed goes on as it would have.
+    """All randomness of one epoch. So a run that was killed goes on as it would have.
 
     torch's own generator serves dropout and drop path. The generator that is returned serves order,
     frames, crops and flips: on the CPU, so that they are the same on every device.
@@ -82,12 +84,11 @@ def batches(n: int, size: int, rng: torch.Generator | None = None) -> list[torch
     return [batch.sort().values for batch in order.split(size)]
 
 
-def inputs(split: Split, index: torch.Tensor, models, device: str, settings: dict,
-           rng: torch.Generator | None = None) -> tuple[dict, torch.Tensor]:
-    """-> x, modality -> what its encoder takes, and y, the labels; of the samples `index`, on the device.
+def inputs(split: Split, index: torch.Tensor, models, device, settings: dict, rng=None) -> tuple:
+    """The samples `index`: -> x, modality -> what its encoder takes, and y, labels; on the device.
 
-    models: modality -> UnimodalModel; modalities without a model are left out. With `rng` x is
-    augmented, without it is the view that is used in validation and test.
+    models: modality -> UnimodalModel; a modality without a model is left out. With `rng` x is
+    augmented; without it x is what validation and test use.
     """
     x = {}
     for m in split.kinds:
@@ -107,27 +108,29 @@ def parts(batch: tuple[dict, torch.Tensor], size: int | None) -> list[tuple]:
         return [(x, y, 1.0)]
     out = []
     for i in torch.arange(len(y)).split(size):
-        out.append(({m: v[i] for m, v in x.items()}, y[i], len(i) / len(y)))
+        part = {m: v[i] for m, v in x.items()}
+        out.append((part, y[i], len(i) / len(y)))
     return out
 
 
 # ---- What an encoder takes ----
 
 def model_input(split: Split, modality: str, index: torch.Tensor, encoder, device, settings: dict,
-                rng: torch.Generator | None = None) -> torch.Tensor:
+                rng=None) -> torch.Tensor:
     """What `encoder` takes of samples `index`: (B, V, C, H, W) float32, or (B, L) token ids.
 
-    settings: `frames` seen at once; `crop`, range of the share of the area; `flip`; `audio_shift`, in
-    spectrogram frames. All from paper/settings.py. With `rng` augmented.
+    settings (from paper/settings.py): `frames` seen at once; `crop`, the range of the share of the
+    area; `flip`; `audio_shift`, in frames of the spectrogram. With `rng` augmented.
     """
-    kind, rows = split.kinds[modality], index.numpy()
+    kind = split.kinds[modality]
+    rows = index.numpy()
     if kind == "text":
-        # text.npy holds the ids of the data set's own vocabulary; the encoder may read another.
+        # text.npy has the ids of the data set's own vocabulary. The encoder may read another.
         other = f"{modality}.{encoder.tokenizer}"
         array = split.arrays[other if other in split.arrays else modality]
         ids = torch.from_numpy(array[rows]).long()
         longest = int((ids != 0).sum(1).max())
-        return ids[:, :max(1, longest)].to(device)           # what is cut off is padding for all
+        return ids[:, :max(1, longest)].to(device)            # what is cut off is padding for all
 
     array = split.arrays[modality]
     if kind == "audio":
@@ -138,21 +141,25 @@ def model_input(split: Split, modality: str, index: torch.Tensor, encoder, devic
             shift = torch.randint(-reach, reach + 1, (len(rows),), generator=rng)
             x = torch.stack([sample.roll(k, -1) for sample, k in zip(x, shift.tolist())])
         return x
+    return picture_input(array, kind, rows, encoder, device, settings, rng)
 
+
+def picture_input(array, kind: str, rows, encoder, device, settings: dict, rng) -> torch.Tensor:
+    """Frames, pictures or flow: (N, V, C, H, W) uint8 -> (B, V, C, size, size) float32."""
     stored = array.shape[1]
-    if kind == "flow":
+    if kind == "flow":                                        # one stack in training, else all
         views = stored if rng is None else 1
     else:
         views = min(settings["frames"], stored)
-    picked = pick_views(len(rows), stored, views, rng)        # (B, V)
-    x = to_device(torch.from_numpy(array[rows[:, None], picked.numpy()]), device)    # (B, V, C, H, W) uint8
+    picked = pick_views(len(rows), stored, views, rng).numpy()               # (B, V)
+    x = to_device(torch.from_numpy(array[rows[:, None], picked]), device)    # (B, V, C, H, W) uint8
     size = encoder.image_size or x.shape[-1] * 7 // 8         # a ResNet takes any size: 224 of 256
     if rng is None:
         x = centre_crop(x, size)
     else:
         x = random_crop(x, size, settings, kind, rng)
     if kind == "flow":
-        # 128 is no motion; one deviation for all channels (temporal segment networks, Wang et al. 2016).
+        # 128 is no motion. One deviation for all channels: temporal segment networks (2016).
         return (x / 255 - 0.5) / 0.226
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in encoder.pixels)
     return (x / 255 - mean) / std
@@ -165,7 +172,7 @@ def to_device(x: torch.Tensor, device) -> torch.Tensor:
     return x.to(device)
 
 
-def pick_views(samples: int, stored: int, wanted: int, rng: torch.Generator | None = None) -> torch.Tensor:
+def pick_views(samples: int, stored: int, wanted: int, rng=None) -> torch.Tensor:
     """Which of the stored views to look at, (samples, wanted).
 
     With `rng` random ones, in their order; without it evenly spaced ones.
@@ -186,7 +193,7 @@ def centre_crop(x: torch.Tensor, size: int) -> torch.Tensor:
     return x[..., edge:edge + size, edge:edge + size].float()
 
 
-def random_crop(x: torch.Tensor, size: int, settings: dict, kind: str, rng: torch.Generator) -> torch.Tensor:
+def random_crop(x: torch.Tensor, size: int, settings: dict, kind: str, rng) -> torch.Tensor:
     """Random resized crop and horizontal flip, the same for all views of a sample.
 
     (B, V, C, H, W) uint8 -> (B, V, C, size, size) float.
@@ -207,12 +214,13 @@ def random_crop(x: torch.Tensor, size: int, settings: dict, kind: str, rng: torc
     across = torch.stack([w * flip, zero, (1 - w) * (2 * u[2] - 1)], 1)
     down = torch.stack([zero, h, (1 - h) * (2 * u[3] - 1)], 1)
     theta = torch.stack([across, down], 1).to(x.device)       # (B, 2, 3)
-    # At least half of the area is taken and pictures are stored near `size`: bilinear sampling does not alias.
-    grid = F.affine_grid(theta, (n, 1, size, size), align_corners=False)             # (B, size, size, 2)
-    out = F.grid_sample(x.flatten(1, 2).float(), grid, align_corners=False, padding_mode="border")
+    # Bilinear sampling does not alias: at least half of the area is taken, of about `size` pixels.
+    grid = F.affine_grid(theta, (n, 1, size, size), align_corners=False)     # (B, size, size, 2)
+    flat = x.flatten(1, 2).float()                                           # (B, V C, H, W)
+    out = F.grid_sample(flat, grid, align_corners=False, padding_mode="border")
     out = out.view(*x.shape[:3], size, size)
     if kind == "flow":
-        # In a mirror left is right: the x component, the even channels, changes its sign too.
+        # In a mirror left is right: the x component, in the even channels, changes its sign, too.
         mirrored = (flip < 0).view(-1, 1, 1, 1, 1).to(x.device)
         out[:, :, ::2] = torch.where(mirrored, 255 - out[:, :, ::2], out[:, :, ::2])
     return out
@@ -239,19 +247,20 @@ def mel_filters(bins: int) -> torch.Tensor:
 def log_mel(wave: torch.Tensor, bins: int = 128, frames: int = 204) -> torch.Tensor:
     """Log-mel spectrogram as ImageBind makes it, with Kaldi's filter bank.
 
-    wave: (..., n) float32 in [-1, 1) at 16 kHz; -> (..., bins, frames). Frames of 25 ms every 10 ms, only
-    whole ones; padded with zeros or cut to `frames`, then normalised with ImageBind's mean and deviation.
-    Raises ValueError for less than one frame, 400 samples.
+    wave: (..., n) float32 in [-1, 1) at 16 kHz; -> (..., bins, frames). A frame of 25 ms starts
+    every 10 ms; only whole ones count. Zeros are added, or the end is cut, to get `frames` of them.
+    ImageBind's mean and deviation normalise the result. Raises ValueError below 400 samples.
     """
     if wave.shape[-1] < 400:
-        raise ValueError(f"{wave.shape[-1]} samples of sound, but one frame of the spectrogram takes 400"
-                         " (25 ms at 16 kHz)")
-    x = wave.unfold(-1, 400, 160)                                                     # (..., t, 400)
+        raise ValueError(f"{wave.shape[-1]} samples of sound, but one frame of the spectrogram"
+                         " takes 400 (25 ms at 16 kHz)")
+    x = wave.unfold(-1, 400, 160)                                            # (..., t, 400)
     x = x - x.mean(-1, keepdim=True)
-    x = x - 0.97 * torch.cat([x[..., :1], x[..., :-1]], -1)   # pre-emphasis: speech is weak at high frequency
+    # Pre-emphasis: speech is weak at high frequencies.
+    x = x - 0.97 * torch.cat([x[..., :1], x[..., :-1]], -1)
     window = torch.hann_window(400, periodic=False)
-    power = torch.fft.rfft(x * window, 512).abs() ** 2                                # (..., t, 257)
-    mel = power @ mel_filters(bins)                                                   # (..., t, bins)
-    mel = mel.clamp_min(torch.finfo(torch.float32).eps).log().mT                      # (..., bins, t)
+    power = torch.fft.rfft(x * window, 512).abs() ** 2                       # (..., t, 257)
+    mel = power @ mel_filters(bins)                                          # (..., t, bins)
+    mel = mel.clamp_min(torch.finfo(torch.float32).eps).log().mT             # (..., bins, t)
     mel = F.pad(mel, (0, frames - mel.shape[-1]))             # a negative pad cuts
     return (mel + 4.268) / 9.138

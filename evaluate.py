@@ -1,4 +1,4 @@
-"""Finished runs: test scores again, fusion rules, missing modalities, linear evaluation, one clip, export.
+"""Finished runs: test scores, fusion rules, missing modalities, linear evaluation, a clip, export.
 
     python evaluate.py --run runs/toy/mmlora-all-r1-s0                     # from the stored weights
     python evaluate.py --run runs/toy/mmlora-all-r1-s0 --fusion entropy --plot
@@ -26,7 +26,6 @@ from encoders import BERT, BUILD, AudioViT, DeBERTa, ResNet, ViT
 from harness import arguments, fingerprint, linear, metrics, report, runs
 from harness.models import load_run, pretrained_model
 from lora import merge_lora
-from paper import settings as paper
 from prepare import media, toy
 from pretrained import checkpoints
 
@@ -57,36 +56,36 @@ def score_rows(args, folder: Path, where: Path, info: dict, settings: dict, mode
     fusion = args.fusion or settings.get("fusion", "prob")
     test = data.Split(where, "test")
 
-    logits = {"together": predict(models, test, args, settings)}
+    logits = {}
     if "unimodal" in settings:                            # what the run started from
-        ume = {}
+        logits["UME"] = {}
         for m, base in settings["unimodal"].items():
             stored = load_file(folder.parent / base["run"] / "logits.safetensors")
-            ume[m] = stored[f"test.{m}"]
-        logits = {"UME": ume, **logits}
+            logits["UME"][m] = stored[f"test.{m}"]
+    logits["together"] = predict(models, test, args, settings)
 
     rows = []
     for name, of_all in logits.items():
         shown = {m: z for m, z in of_all.items() if args.missing or m in kept}
         for m, z in shown.items():
             label = f"{m} alone (UMFT)" if name == "UME" else f"{m} alone"
-            rows.append((label, [(metrics.scores({m: z}, test.labels, info), None)]))
+            rows.append((label, metrics.scores({m: z}, test.labels, info)))
         if len(shown) > 1:
             score = metrics.scores(shown, test.labels, info, fusion)
-            rows.append((f"{name}, fusion {fusion}", [(score, None)]))
+            rows.append((f"{name}, fusion {fusion}", score))
         for share in args.missing:
             p = metrics.fuse_missing(shown, args.drop, share, fusion, info["multilabel"])
             label = f"{name}, {100 * share:g} % lack {' and '.join(args.drop)}"
-            rows.append((label, [(metrics.rates(p, test.labels, info), None)]))
+            rows.append((label, metrics.rates(p, test.labels, info)))
     dropped = f", without {', '.join(args.drop)}" if args.drop and not args.missing else ""
     print(f"\n{folder}{dropped}", end="")
-    return rows
+    return [(label, [(score, None)]) for label, score in rows]
 
 
 # ---- Linear evaluation (Tables 3, 4, 8) ----
 
 def probe_rows(args, folder: Path, where: Path, info: dict, settings: dict, models) -> list:
-    """Linear evaluation of the run's encoders -> probe.json in its folder, and the rows to print."""
+    """Linear evaluation of the run's encoders -> probe.json in its folder, and rows to print."""
     if args.modality and args.modality not in models:
         raise ValueError(f"--modality {args.modality}: {folder} has {', '.join(models)}")
     found = {}
@@ -109,10 +108,8 @@ def open_pretrained(args, seed: int) -> tuple:
     if m not in info["modalities"]:
         raise ValueError(f"--modality {m}: {args.dataset} has {', '.join(info['modalities'])}")
     encoder = arguments.encoder_of(args, m)
-    start = arguments.pretrained_of(args, m, encoder)
-    args.batch_size, args.precision, args.again = None, "fp32", True
-    args.micro_batch = args.drop_path = None
-    settings = dict(method="pretrained", modality=m, encoder=encoder, pretrained=start,
+    settings = dict(method="pretrained", modality=m, encoder=encoder,
+                    pretrained=arguments.pretrained_of(args, m, encoder),
                     **arguments.common_settings(args, seed, info, epochs=0))
     torch.manual_seed(seed)               # the weights, where nothing is pre-trained
     models = nn.ModuleDict({m: pretrained_model(settings, m, info)})
@@ -124,101 +121,103 @@ def open_pretrained(args, seed: int) -> tuple:
 
 # ---- One recording ----
 
-def read_clip(args, info: dict) -> tuple[data.Split, dict]:
-    """One recording, prepared as the data set was -> (a split of one sample, modality -> source).
+def sources_of_clip(args, kinds: dict) -> dict:
+    """Modality -> the file, or the text, that --clip and --text give for it.
 
-    "talk.mp4" serves picture and sound, "audio=talk.wav" one modality; flow, a folder, must be named.
-    Modalities that are not given are left out. Raises ValueError where something cannot be read.
+    "talk.mp4" serves picture and sound, "audio=talk.wav" one modality. Flow must be named.
     """
-    kinds, shapes = info["modalities"], info["shapes"]
-    named, plain = {}, []
+    source, plain = {}, []
     for file in args.clip:
         modality, _, path = file.partition("=")
         if modality in kinds:
-            named[modality] = Path(path)
+            source[modality] = Path(path)
         else:
             plain.append(file)
     if len(plain) > 1:
         one_each = " ".join(f"{m}={file}" for m, file in zip(kinds, plain))
-        raise ValueError(f"--clip {' '.join(plain)}: one file for picture and sound; for one each"
-                         f" say {one_each}")
-    source = {}
+        raise ValueError(f"--clip {' '.join(plain)}: one file serves all; else say {one_each}")
     for m, kind in kinds.items():
-        if m in named:
-            source[m] = named[m]
-        elif kind == "text" and args.text is not None:
-            source[m] = args.text
-        elif kind in ("frames", "image", "audio") and plain:
-            source[m] = Path(plain[0])
+        if kind == "text" and args.text is not None:
+            source.setdefault(m, args.text)
+        if kind in ("frames", "image", "audio") and plain:
+            source.setdefault(m, Path(plain[0]))
     if not source:
         raise ValueError(f"nothing to look at: the run knows {', '.join(kinds)}; give --clip FILE,"
                          " --clip MODALITY=FILE or --text TEXT")
+    return {m: source[m] for m in kinds if m in source}
 
-    # The options of prepare, read off the arrays that it made.
-    options = SimpleNamespace(tokenizer=args.tokenizer)
-    for m, kind in kinds.items():
-        shape = shapes[m]
-        if kind in ("frames", "image"):
-            options.frames, options.size = shape[0], shape[-1]
-        elif kind == "audio":
-            options.clips = shape[0]
-        elif kind == "text":
-            options.max_length = shape[0]
-        elif kind == "flow":
-            options.stacks, options.flow_length, options.size = shape[0], shape[1] // 2, shape[-1]
-    tokenizer = None
-    if any(kinds[m] == "text" for m in source):
-        tokenizer = media.tokenizer(options, media.VOCABULARIES[info["tokenizer"]["kind"]])
-        if tokenizer.fingerprint != info["tokenizer"]["fingerprint"]:
-            raise ValueError(f"{info['name']} was prepared with another vocabulary than this one:"
-                             " name its files, --tokenizer FILE")
-    row = {}
+
+def read_clip(args, source: dict, info: dict, models) -> data.Split:
+    """The recording as a split of one sample, prepared as the data set was.
+
+    Raises ValueError where something cannot be read.
+    """
+    kinds, row = info["modalities"], {}
     for m in source:
+        # The options of prepare, read off the array that it made: n frames, clips or tokens.
+        shape, tokenizer = info["shapes"][m], None
+        n, size = shape[0], shape[-1]
+        options = SimpleNamespace(frames=n, clips=n, stacks=n, max_length=n, size=size)
+        if kinds[m] == "flow":
+            options.flow_length = shape[1] // 2
+        if kinds[m] == "text":
+            tokenizer = tokenizer_of(args, info, models[m].encoder)
         try:
             item = media.Item("clip", "", {m: source[m]})
             row |= media.read_item(item, {m: kinds[m]}, options, tokenizer)
         except (ValueError, OSError, RuntimeError) as error:
-            raise ValueError(f"{m}: {error}{how_without(m, source, kinds)}") from None
-    return data.Split.of_one(kinds, row), source
+            rest = [f"{n}={source[n]}" for n in source if n != m and kinds[n] != "text"]
+            hint = f"; without {m}: --clip {' '.join(rest)}" if rest else ""
+            raise ValueError(f"{m}: {error}{hint}") from None
+    return data.Split.of_one(kinds, row)
 
 
-def how_without(modality: str, source: dict, kinds: dict) -> str:
-    rest = [f"{m}={source[m]}" for m in source if m != modality and kinds[m] != "text"]
-    return f"; without {modality}: --clip {' '.join(rest)}" if rest else ""
+def tokenizer_of(args, info: dict, encoder):
+    """The tokenizer whose ids the encoder has learnt."""
+    there = [info["tokenizer"], *(info.get("other_tokenizers") or [])]
+    learnt = next(known for known in there if known["kind"] == encoder.tokenizer)
+    tokenizer = media.tokenizer(args, media.VOCABULARIES[learnt["kind"]])
+    if tokenizer.fingerprint != learnt["fingerprint"]:
+        raise ValueError(f"{info['name']} was prepared with another vocabulary than this one:"
+                         " name its files, --tokenizer FILE")
+    return tokenizer
 
 
 def show_clip(folder: Path, args) -> None:
     """Print the likeliest classes of one recording: each modality alone, UME, the run itself.
 
-    What that takes to know stands in the run's config.json: the data set need not be there.
+    The run's config.json says how the data set was prepared; the data set need not be there.
     """
     runs.check_finished(folder)
     config = runs.read_json(folder / "config.json")
-    settings, info = config["settings"], config.get("data")
+    settings, info = config["settings"], config["data"]
     check_own_prediction(folder, settings)
-    if not info:
-        raise ValueError(f"{folder} does not say how {settings['dataset']} was prepared")
+    say_changes(folder)
     if info["name"] in toy.WORLDS:
         raise ValueError(f"{folder} learnt {info['name']}, which no recording looks or sounds like:"
                          " --clip needs a run on real data")
-    split, source = read_clip(args, info)
-
-    def probabilities(models, fusion="prob"):
-        given = nn.ModuleDict({m: models[m] for m in models if m in source})
-        logits = predict(given, split, args, settings)
-        p = {f"{m} alone": metrics.fuse({m: logits[m]}, "prob", info["multilabel"])[0] for m in given}
-        return p, metrics.fuse(logits, fusion, info["multilabel"])[0]
-
     settings, models = load_run(folder, info)
-    columns, together = probabilities(models, args.fusion or settings.get("fusion", "prob"))
-    if "unimodal" in settings:
-        alone = nn.ModuleDict()
+    source = sources_of_clip(args, {m: info["modalities"][m] for m in models})
+    clip = read_clip(args, source, info, models)
+
+    def predict_clip(models):
+        return predict(nn.ModuleDict({m: models[m] for m in source}), clip, args, settings)
+
+    def fuse(logits, rule="prob"):
+        return metrics.fuse(logits, rule, info["multilabel"])[0]      # (C,)
+
+    logits = predict_clip(models)
+    columns = {f"{m} alone": fuse({m: logits[m]}) for m in source}
+    if "unimodal" in settings:                            # then the modalities alone are step 1's
+        fine_tuned = {}
         for m, base in settings["unimodal"].items():
-            alone[m] = load_run(folder.parent / base["run"], info)[1][m]
-        columns, columns_ume = probabilities(alone)
-        columns["UME"] = columns_ume
+            fine_tuned[m] = load_run(folder.parent / base["run"], info)[1][m]
+        alone = predict_clip(fine_tuned)
+        columns = {f"{m} alone (UMFT)": fuse({m: alone[m]}) for m in source}
+        columns["UME"] = fuse(alone)
     if settings["method"] != "unimodal":
-        columns[report.NAMES[settings["method"]]] = together
+        rule = args.fusion or settings["fusion"]
+        columns[report.NAMES[settings["method"]]] = fuse(logits, rule)
 
     told = [f"{m} of {s}" if isinstance(s, Path) else f"{m} {s!r}" for m, s in source.items()]
     absent = "".join(f"; no {m}" for m in models if m not in source)
@@ -234,11 +233,11 @@ def show_clip(folder: Path, args) -> None:
 
 # ---- Export ----
 
+CONFIG = "with the original's config.json"
 READERS = {ViT: "open_clip.create_model(..., pretrained=FILE)",
            AudioViT: "ImageBind, imagebind_huge().load_state_dict(torch.load(FILE))",
-           BERT: "transformers, BertModel.from_pretrained(FOLDER) with the original's config.json",
-           DeBERTa: "transformers, DebertaModel.from_pretrained(FOLDER) with the original's"
-                    " config.json",
+           BERT: f"transformers, BertModel.from_pretrained(FOLDER) {CONFIG}",
+           DeBERTa: f"transformers, DebertaModel.from_pretrained(FOLDER) {CONFIG}",
            ResNet: "torchvision, resnet...().load_state_dict(torch.load(FILE), strict=False)"}
 
 
@@ -288,12 +287,18 @@ def public_file(folder: Path, settings: dict, modality: str, name: str, encoder)
     return file, source, f"all else as in {source}"
 
 
-# ---- The command line ----
+# ---- Opening a run ----
 
 def check_own_prediction(folder: Path, settings: dict) -> None:
     if settings["method"] not in ("unimodal", "mmlora", "separate", "logits", "no-umft", "full"):
         raise ValueError(f"{folder} is a run of baselines/{settings['method']}.py, which alone can"
                          " predict with it; --probe can test its encoders")
+
+
+def say_changes(folder: Path) -> None:
+    changes = fingerprint.changed(folder)
+    if changes:
+        print(f"{folder}: {fingerprint.sentence(changes)} since it was trained")
 
 
 def open_run(args, folder: Path) -> tuple:
@@ -302,54 +307,52 @@ def open_run(args, folder: Path) -> tuple:
     settings = runs.read_json(folder / "config.json")["settings"]
     if not args.probe:
         check_own_prediction(folder, settings)
-    changes = fingerprint.changed(folder)
-    if changes:
-        print(f"{folder}: {fingerprint.sentence(changes)} since it was trained")
+    say_changes(folder)
     arguments.prepare_torch(settings["dataset"])
     where = arguments.find(args.data_root, settings["dataset"], settings["seed"])
     info = runs.read_json(where / "dataset.json")
     return folder, where, info, *load_run(folder, info, encoders_only=args.probe)
 
 
+# ---- The command line ----
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python evaluate.py", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", nargs="+", type=Path, metavar="RUN",
-                   help="folders of finished runs; of those that differ in the seed alone also the"
-                        " mean")
+                   help="finished runs; of those that differ in the seed alone also the mean")
     p.add_argument("--fusion", choices=metrics.FUSIONS,
                    help="what is averaged; default: what the run was trained with")
+    p.add_argument("--plot", action="store_true",
+                   help="draw each run's training curves (needs matplotlib)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--data-root", default="data", metavar="FOLDER", help="of prepared data sets")
     one = p.add_mutually_exclusive_group()
     one.add_argument("--drop", nargs="+", default=[], metavar="MODALITY",
                      help="leave these modalities out of the average")
     p.add_argument("--missing", nargs="+", type=float, default=[], metavar="SHARE",
                    help="with --drop: shares of the samples that lack them; 0.7 = 70 %% of them")
-    one.add_argument("--probe", action="store_true",
-                     help="linear evaluation: of the encoders of --run, or of the pre-trained one of"
-                          " --dataset and --modality")
     one.add_argument("--clip", nargs="+", default=[], metavar="[MODALITY=]FILE",
                      help="the likeliest classes of one video, picture or sound of your own")
-    one.add_argument("--export", type=Path, metavar="FOLDER",
-                     help="write the encoders, LoRA merged, as public checkpoints into a new folder")
-    p.add_argument("--plot", action="store_true",
-                   help="draw each run's training curves (needs matplotlib)")
     p.add_argument("--text", help="with --clip or alone: its text")
     p.add_argument("--tokenizer", nargs="+", metavar="FILE",
                    help="for --text: vocabulary files, where the data were prepared with your own")
-    p.add_argument("--dataset", help="for --probe without --run")
+    one.add_argument("--export", type=Path, metavar="FOLDER",
+                     help="write encoders, LoRA merged, as public checkpoints into a new folder")
+    one.add_argument("--probe", action="store_true",
+                     help="linear evaluation: of the encoders of --run, or of a pre-trained one")
     p.add_argument("--modality", help="for --probe; default: all that the run has")
-    p.add_argument("--encoder", nargs="+", default=[], metavar="NAME",
-                   help="for --probe --dataset: another one than Table 2's")
-    p.add_argument("--pretrained", nargs="+", default=[], metavar="PATH",
-                   help="for --probe --dataset: a public checkpoint, or none for random weights")
-    p.add_argument("--seed", type=int, default=0, help="for --probe --dataset; default: 0")
-    p.add_argument("--seeds", type=int, nargs="+", metavar="SEED",
-                   help="for --probe --dataset: all of these")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--out", default="runs", metavar="FOLDER",
-                   help="for --probe --dataset: folder of all runs; default: runs")
-    p.add_argument("--data-root", default="data", metavar="FOLDER",
-                   help="folder of the prepared data sets; default: data")
+    new = p.add_argument_group("--probe of a pre-trained encoder, without --run")
+    new.add_argument("--dataset", metavar="NAME")
+    new.add_argument("--encoder", nargs="+", default=[], metavar="NAME",
+                     help="another one than Table 2's")
+    new.add_argument("--pretrained", nargs="+", default=[], metavar="PATH",
+                     help="a public checkpoint, or none for random weights")
+    new.add_argument("--seed", type=int, default=0)
+    new.add_argument("--seeds", type=int, nargs="+", metavar="SEED")
+    new.add_argument("--out", default="runs", metavar="FOLDER", help="folder of all runs")
+    # `common_settings` and `Run` ask for these, too.
+    p.set_defaults(batch_size=None, micro_batch=None, drop_path=None, precision="fp32", again=True)
     return p
 
 
@@ -373,19 +376,17 @@ def main() -> None:
     if args.export:
         folder, _, info, settings, models = open_run(args, args.run[0])
         export_run(folder, info, settings, models, args.export)
-        return
-    if args.run:
-        opened = (open_run(args, folder) for folder in args.run)
+    elif args.run:
+        show_tables(args, (open_run(args, folder) for folder in args.run))
     else:
         arguments.prepare_torch(args.dataset)
-        opened = (open_pretrained(args, seed) for seed in args.seeds or [args.seed])
-    show_tables(args, opened)
+        show_tables(args, (open_pretrained(args, seed) for seed in args.seeds or [args.seed]))
 
 
 def show_tables(args, opened) -> None:
     """One table a run; of runs that differ in the seed alone also the table of their means."""
     rows_of = probe_rows if args.probe else score_rows
-    same = {}
+    same = {}                                             # settings but the seed -> tables
     for folder, where, info, settings, models in opened:
         rows = rows_of(args, folder, where, info, settings, models)
         report.print_table(rows, where, info)
@@ -394,11 +395,12 @@ def show_tables(args, opened) -> None:
             report.plot(folder)
     for group in same.values():
         if len(group) > 1:
-            print("\n" + ", ".join(name for name, *_ in group), end="")
+            names, tables, wheres, infos = zip(*group)
+            print("\n" + ", ".join(names), end="")
             together = []
-            for rows in zip(*(rows for _, rows, _, _ in group)):
+            for rows in zip(*tables):                     # the same row of each seed
                 together.append((rows[0][0], [found[0] for _, found in rows]))
-            report.print_table(together, group[0][2], group[0][3])
+            report.print_table(together, wheres[0], infos[0])
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """MMLoRA: step 1 (Eq. 1), then steps 2 and 3. Freeze the fine-tuned uni-modal models, add rank-r
 matrices (Eq. 2), and train only those on the averaged prediction (Eq. 3).
 
-    python train_joint.py                                     # the toy: the whole method in a minute
-    python train_joint.py --dataset crema_d --lora audio      # the paper's setting for CREMA-D
-    python train_joint.py --dataset ave --rank 4              # Table 10
+    python train_joint.py                                    # the toy: the whole method in a minute
+    python train_joint.py --dataset crema_d --lora audio     # the paper's setting for CREMA-D
+    python train_joint.py --dataset ave --rank 4             # Table 10
 
-Uni-modal models that are missing are trained first, by `train_unimodal.py`. Epoch 0 of step 3 is the
-Uni-Modal Ensemble (UME): B is zero, so the adapted models are still the uni-modal ones. Validation
-can only choose to stay there or to improve. The test split is used once, at the end.
+Uni-modal models that are missing are trained first, by `train_unimodal.py`. Epoch 0 of step 3 is
+the Uni-Modal Ensemble (UME): B is zero, so the adapted models are still the uni-modal ones.
+Validation can only choose to stay there or to improve. The test split is used once, at the end.
 """
 import math
 

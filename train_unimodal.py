@@ -1,11 +1,11 @@
 """Step 1 of MMLoRA: fine-tune one encoder, with a linear head, on one modality alone (Eq. 1).
 
-    python train_unimodal.py --modality audio                              # the toy, seconds on a laptop
-    python train_unimodal.py --dataset crema_d --modality visual           # OpenCLIP ViT-B/16
+    python train_unimodal.py --modality audio                         # the toy: seconds on a laptop
+    python train_unimodal.py --dataset crema_d --modality visual      # OpenCLIP ViT-B/16
     python train_unimodal.py --dataset crema_d --modality audio --encoder resnet18 --pretrained none
 
-Encoder, learning rate, batch size, epochs and optimiser are the paper's (`paper/settings.py`). The epoch
-with the best validation score is kept. The test split is used once, at the end.
+Encoder, learning rate, batch size, epochs and optimiser are the paper's (`paper/settings.py`). The
+epoch with the best validation score is kept. The test split is used once, at the end.
 """
 import math
 

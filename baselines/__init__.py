@@ -1,1 +1,1 @@
-"""One runnable file a compared method, ablation or control; `diff` two of them, and see the method."""
+"""One runnable file for every compared method. `diff` two of them: what differs is the method."""

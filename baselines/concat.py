@@ -2,19 +2,20 @@
 
     python -m baselines.concat --dataset crema_d                # "Multi-Modal Baseline", Table 5
 
-    z = W [h_1; ...; h_M] + b          loss: cross-entropy of z          any number of modalities M >= 2
+    z = W [h_1; ...; h_M] + b          loss: cross-entropy of z          M >= 2 modalities
 
-The leftmost picture of Figure 1; late fusion as in OGM-GE (Peng et al., CVPR 2022; GeWu-Lab/OGM-GE_CVPR2022,
-`--modulation Normal`). W is [W_1 ... W_M], so the joint prediction is a sum of uni-modal ones,
-z = sum_m (W_m h_m + b/M). Those are reported, too: they show a modality that joint training left behind.
+The leftmost picture of Figure 1; late fusion as in OGM-GE (Peng et al., CVPR 2022;
+GeWu-Lab/OGM-GE_CVPR2022, `--modulation Normal`). W is [W_1 ... W_M], so the joint prediction is a
+sum of uni-modal ones, z = sum_m (W_m h_m + b/M). Those are reported, too: they show a modality that
+joint training left behind.
 
 Where we differ from the authors' code, and why:
- 1. Of MMLoRA's authors there is no code. Learning rate: App. A.1; epochs, schedule and weight decay as in
-    uni-modal training: paper silent.
- 2. OGM-GE's re-initialises every convolution and linear layer after building the model, public weights
-    included. We keep them.
- 3. OGM-GE's has no validation split and reports the best epoch on test. We choose on validation, for all
-    methods alike.
+ 1. Of MMLoRA's authors there is no code. The learning rate is that of App. A.1. Epochs, schedule
+    and weight decay are those of uni-modal training: paper silent.
+ 2. OGM-GE's re-initialises every convolution and linear layer after it has built the model, public
+    weights included. We keep them.
+ 3. OGM-GE's has no validation split and reports the best epoch on test. We choose the epoch on
+    validation, for all methods alike.
 """
 import math
 
@@ -40,7 +41,8 @@ def train(args, seed: int) -> runs.Run:
     # ---- Models: pre-trained encoders, one linear layer on all their features ----
     models = parts.pretrained_encoders(settings, info)
     torch.manual_seed(seed)
-    joint = models["joint"] = parts.ConcatHead(models, len(info["classes"]))
+    joint = parts.ConcatHead(models, len(info["classes"]))
+    models["joint"] = joint
     models.to(args.device)
 
     # ---- Optimiser ----
@@ -85,7 +87,8 @@ def train(args, seed: int) -> runs.Run:
 
 
 def parser():
-    return arguments.parser(__doc__, __file__)
+    p = arguments.parser(__doc__, __file__)
+    return p
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python -m baselines.full_ume --dataset ave                # "Fully Fine-tuned UME", Table 5
     diff train_joint.py baselines/full_ume.py                 # one idea
 
-Learning rate: that of joint training, 1e-5 (ours: the paper does not say).
+The learning rate is that of joint training, 1e-5 (ours: the paper does not say). As many epochs as
+MMLoRA.
 """
 import math
 

@@ -1,28 +1,35 @@
-"""G-Blending: gradient blending (Wang, Tran, Feiszli, "What Makes Training Multi-Modal Classification Networks Hard?", CVPR 2020;
-facebookresearch/VMZ).
+"""G-Blending: gradient blending (Wang, Tran, Feiszli, "What Makes Training Multi-Modal
+Classification Networks Hard?", CVPR 2020; facebookresearch/VMZ).
 
     python -m baselines.g_blending --dataset crema_d
 
-Modalities overfit at different speeds, so no single moment is right to stop them all. Give every modality a head of its own beside the joint
-one, K = M + 1 heads, and weigh their losses by how well each turns training into generalisation:
+Modalities overfit at different speeds, so no single moment is right to stop them all. G-Blending
+gives every modality a head of its own beside the joint one: K = M + 1 heads, for M >= 2 modalities.
+It weighs their losses by how well each one turns training into generalisation:
 
-    L   = sum_k w_k CE(z_k, y)                                                     w_k >= 0, sum_k w_k = 1
-    G_k = LV_k(before) - LV_k(after)                                               what head k gained on held-out data
-    O_k = [LV_k(after) - LT_k(after)] - [LV_k(before) - LT_k(before)]              how much its gap to the training loss grew
-    w_k ~ G_k / O_k^2                                                              minimises overfitting per generalisation
+    L   = sum_k w_k CE(z_k, y)                              w_k >= 0, sum_k w_k = 1
+    G_k = LV_k(before) - LV_k(after)                        generalisation that head k gained
+    O_k = [LV_k - LT_k](after) - [LV_k - LT_k](before)      overfitting that it gained
+    w_k ~ G_k / O_k^2                                       least overfitting for generalisation
 
-"Online" G-Blending, any number of modalities M >= 2: before every super-epoch the present model is copied K times, copy k is trained for a
-super-epoch on loss k alone and then thrown away; it only tells w_k. Test: the joint head.
+LT_k and LV_k are the losses of head k on training data and on held-out data. This is the "online"
+form: before every super-epoch the present model is copied K times. Copy k is trained for a
+super-epoch on loss k alone, tells w_k, and is thrown away. At test the joint head predicts.
 
 Where we differ from the authors' code, and why:
- 1. It takes fixed weights (--audio_weight and so on) and contains no way to estimate them (issue 133); we estimate as the paper says.
- 2. LV is measured on a tenth of train that is never trained on, by any copy or by the model: not on validation, which chooses the epoch, nor
-    on test, as BalanceBenchmark does for most data sets. The model therefore sees a tenth fewer samples than the other methods' do.
- 3. G_k < 0 (the held-out loss rose) counts as 0, and O_k^2 as at least 1e-4; other implementations (MultiBench, BalanceBenchmark) take
-    absolute values, which rewards a head for getting worse. If no head gained, all weigh the same.
- 4. Losses are means over samples, without augmentation and in eval mode, so those of sets of different size can be subtracted.
- 5. A copy follows the learning rate of the epochs it looks ahead to and starts with a fresh AdamW. Super-epoch: 10 epochs, as
-    BalanceBenchmark. Copies make training about three times as long with two modalities; `seconds` includes them.
+ 1. It takes fixed weights (--audio_weight and so on) and can't estimate them (issue 133). We
+    estimate them as the paper says.
+ 2. LV is measured on a tenth of train, on which no copy and no model is trained. It is not measured
+    on validation, which chooses the epoch, nor on test, as BalanceBenchmark does for most data
+    sets. So the model is trained on a tenth fewer samples than in the other methods.
+ 3. G_k < 0 (the held-out loss rose) counts as 0, and O_k^2 as at least 1e-4. Other implementations
+    (MultiBench, BalanceBenchmark) take absolute values, which rewards a head for getting worse. If
+    no head gained, all weigh the same.
+ 4. Losses are means over samples, without augmentation and in eval mode. So the losses of two sets
+    can be subtracted although the sets differ in size.
+ 5. A copy has the learning rates of the epochs that it looks ahead to, and a fresh AdamW. A
+    super-epoch is 10 epochs, as in BalanceBenchmark. With two modalities, the copies make training
+    about three times as long; the seconds of the log and of tables leave them out.
 """
 import copy
 import math
@@ -33,13 +40,23 @@ import data
 from baselines import parts
 from harness import arguments, metrics, optim, runs
 
+OPTIONS = ("super_epoch", "held_out")
+
 
 def blend_weights(train_before, train_after, held_before, held_after) -> torch.Tensor:
-    """Weights (K,), sum 1, from the losses (K,) of K heads before and after training each alone, on the training and the held-out part."""
-    gain = (held_before - held_after).clamp(min=0)                                         # G
-    overfit = (held_after - train_after) - (held_before - train_before)                    # O
-    weights = gain / overfit.square().clamp(min=1e-4)
-    return weights / weights.sum() if weights.sum() > 0 else torch.full_like(weights, 1 / len(weights))
+    """The weights w, (K,), of sum 1, from the losses of K heads, (K,) each.
+
+    They are on the training part and on the held-out part, before and after every head was trained
+    alone.
+    """
+    gain = (held_before - held_after).clamp(min=0)                             # G_k
+    gap_before = held_before - train_before
+    gap_after = held_after - train_after
+    overfit = gap_after - gap_before                                           # O_k
+    w = gain / overfit.square().clamp(min=1e-4)
+    if w.sum() > 0:
+        return w / w.sum()
+    return torch.full_like(w, 1 / len(w))                                      # no head gained
 
 
 def train(args, seed: int) -> runs.Run:
@@ -54,39 +71,40 @@ def train(args, seed: int) -> runs.Run:
 
     # ---- Data ----
     train_split, val_split = data.Split(folder, "train"), data.Split(folder, "val")
-    samples, size = len(train_split), math.ceil(args.held_out * len(train_split))
-    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
-    held, kept = order.split([size, samples - size])
+    order = torch.randperm(len(train_split), generator=torch.Generator().manual_seed(seed))
+    size = math.ceil(args.held_out * len(train_split))
+    held, kept = order[:size], order[size:]                   # one to measure, one to train on
     steps_per_epoch = math.ceil(len(kept) / settings["batch_size"])
     steps = settings["epochs"] * steps_per_epoch
 
     # ---- Models: pre-trained encoders, a head each, the joint head ----
     models = parts.pretrained_encoders(settings, info)
     torch.manual_seed(seed)
-    classes, heads = len(info["classes"]), ["joint", *settings["encoders"]]
-    joint = parts.ConcatHead(models, classes)
+    joint = parts.ConcatHead(models, len(info["classes"]))
     for m in settings["encoders"]:
-        models[m].head = torch.nn.Linear(models[m].encoder.width, classes)
-    models["joint"], models["blend"] = joint, torch.nn.Module()
-    # A buffer, so that a resumed run has it.
+        models[m].head = torch.nn.Linear(models[m].encoder.width, len(info["classes"]))
+    models["joint"] = joint
+    heads = ["joint", *settings["encoders"]]
+    models["blend"] = torch.nn.Module()
+    # w is a buffer, so that a resumed run has it.
     models["blend"].register_buffer("w", torch.full((len(heads),), 1 / len(heads)))
     models.to(args.device)
 
     # ---- Optimiser ----
     optimizer = optim.make_optimizer("adamw", models, settings["lr"], settings["weight_decay"])
 
-    def forward(x, models=models):        # of the modalities in x; the joint head needs them all
-        h = parts.features(models, x, args.device, settings)
-        z = {m: models[m].head(h[m]) for m in h}
+    def forward(x, model=models):         # of the modalities in x; the joint head needs them all
+        h = parts.features(model, x, args.device, settings)
+        z = {m: model[m].head(h[m]) for m in h}
         if len(h) == len(settings["encoders"]):
-            z = {"joint": models["joint"](h), **z}
+            z = {"joint": model["joint"](h), **z}
         return z
 
     def predict(split):
         return metrics.predict(forward, models, split, args.device, settings)
 
     def losses(model, index):
-        """Of every head, (K,): the mean over the samples `index` of train."""
+        """The loss of every head, (K,): the mean over the samples `index` of train."""
         def of_model(x):
             return forward(x, model)
         z = metrics.predict(of_model, model, train_split, args.device, settings, index)
@@ -94,7 +112,8 @@ def train(args, seed: int) -> runs.Run:
         return torch.stack([metrics.cross_entropy(z[head], y) for head in heads])
 
     def train_copy(head, first):
-        """A copy of the models, trained on one loss alone for the super-epoch to come."""
+        """A copy of the models, trained on the loss of one head alone: for the super-epoch that
+        begins with epoch `first`."""
         model = copy.deepcopy(models).train()
         optimizer = optim.make_optimizer("adamw", model, settings["lr"], settings["weight_decay"])
         last = min(first + args.super_epoch - 1, settings["epochs"])
@@ -106,7 +125,7 @@ def train(args, seed: int) -> runs.Run:
                 batch = data.inputs(train_split, kept[index], model, args.device, settings, rng)
                 optimizer.zero_grad()
                 for x, y, share in data.parts(batch, args.micro_batch):
-                    if head != "joint":                       # the other encoders stay as they are
+                    if head != "joint":                       # other encoders stay as they are
                         x = {head: x[head]}
                     loss = metrics.cross_entropy(forward(x, model)[head], y)
                     (share * loss).backward()
@@ -115,11 +134,14 @@ def train(args, seed: int) -> runs.Run:
 
     def estimate(epoch):
         """-> w (K,), from K copies, each trained apart."""
-        train_before, held_before = losses(models, kept), losses(models, held)
-        train_after, held_after = torch.zeros(len(heads)), torch.zeros(len(heads))
+        train_before = losses(models, kept)
+        held_before = losses(models, held)
+        train_after = torch.zeros(len(heads))
+        held_after = torch.zeros(len(heads))
         for k, head in enumerate(heads):
             model = train_copy(head, epoch)
-            train_after[k], held_after[k] = losses(model, kept)[k], losses(model, held)[k]
+            train_after[k] = losses(model, kept)[k]
+            held_after[k] = losses(model, held)[k]
         return blend_weights(train_before, train_after, held_before, held_after)
 
     # ---- Training ----
@@ -157,9 +179,6 @@ def train(args, seed: int) -> runs.Run:
     run.save_tensors("model.safetensors", parts.whole(models))
     test_split = data.Split(folder, "test")
     return run.finish({"val": predict(val_split), "test": predict(test_split)}, models)
-
-
-OPTIONS = ("super_epoch", "held_out")
 
 
 def parser():

@@ -3,7 +3,7 @@
     python -m baselines.logits                                # the toy
     diff train_joint.py baselines/logits.py                   # one idea
 
-Averaged logits multiply the evidence of the modalities (a product of experts); Eq. 3 adds it.
+Averaged logits multiply the evidence of the modalities (a product of experts). Eq. 3 adds it.
 """
 import math
 

@@ -1,29 +1,38 @@
-"""MMBT: a picture as a few words of a sentence (Kiela et al., "Supervised Multimodal Bitransformers for Classifying Images and Text", 2019;
-facebookresearch/mmbt).
+"""MMBT: a picture as a few words of a sentence (Kiela et al., "Supervised Multimodal Bitransformers
+for Classifying Images and Text", 2019; facebookresearch/mmbt).
 
-    python -m baselines.mmbt --dataset food101                                      # ViT-L/14 and BERT-base
-    python -m baselines.mmbt --dataset food101 --encoder visual=resnet152           # the authors' encoders
+    python -m baselines.mmbt --dataset food101                                # ViT-L/14, BERT-base
+    python -m baselines.mmbt --dataset food101 --encoder visual=resnet152     # authors' encoders
 
-BERT reads any sequence of vectors. So cut the picture's last feature map into N cells, project them to BERT's width, and put them in front of
-the text as the first of two segments, whose words can then attend to the cells from the first block on:
+BERT reads any sequence of vectors. MMBT pools the picture's last feature map to N cells, projects
+them to BERT's width, and puts them in front of the text, as the first of two segments. So words can
+attend to cells from the first block on:
 
-    tokens       [CLS]  v_1 ... v_N  [SEP]  w_1 w_2 ... [SEP]              v_i = P cell_i + c
-    positions      0     1  ...  N    N+1    0   1  ...                    counted anew in each segment
+    tokens       [CLS]  v_1 ... v_N  [SEP]  w_1 w_2 ... [SEP]      v_i = P cell_i + c
+    positions      0     1  ...  N    N+1    0   1  ...            counted anew in each segment
     segments       0     0  ...  0     0     1   1  ...
-    z = W tanh(pooler([CLS])) + b          loss: cross-entropy of z
+    z = W tanh(pooler([CLS])) + b                                  loss: cross-entropy of z
 
-P and W start at random and would send noise into two pre-trained networks. So these are frozen at first: the image encoder for 3 epochs, BERT's
-blocks for 5; BERT's embeddings and pooler are trained from the start. Two modalities, `visual` (ResNet or ViT) and `text` (BERT).
+P and W start at random and would send noise into two pre-trained networks. So these are frozen at
+first: the image encoder for 3 epochs, BERT's blocks for 5. BERT's embeddings and pooler are trained
+from the start. Two modalities, `visual` (ResNet or ViT) and `text` (BERT).
 
 Where we differ from the authors' code, and why:
- 1. Its text has no final [SEP]. Ours keeps it, as prepared, because BERT has never seen a segment without one; the picture's own [CLS] and [SEP]
-    are the text's first and last token. Its text is cut to 512 - N - 1 tokens; ours keeps its 512, for which there are positions.
- 2. A ViT, its image encoder not, gives its patch tokens after the last norm, laid out as the map that they are.
+ 1. Its text has no final [SEP]. Ours keeps it, as prepared, because BERT has never seen a segment
+    without one. The picture's own [CLS] and [SEP] are the text's first and last token. Its text is
+    cut to 512 - N - 1 tokens; ours keeps its 512, for which there are positions.
+ 2. Its image encoder is a ResNet. Ours may be a ViT: its patch tokens after the last norm, laid
+    out as the map that they are.
  3. Several frames of a sample: every cell is averaged over them.
- 4. What is frozen is in eval mode: no dropout in BERT, and BatchNorm's statistics stand still. There only the gradients stop.
- 5. AdamW and the batch size and epochs of all methods here, for BertAdam and up to 100 epochs; learning rate 5e-5 as published. --freeze-image
-    and --freeze-text are in epochs, as published, out of our 10 on these data sets.
- 6. For several labels a sample it weights the positives of a class by N / frequency. We do not, as with all methods here.
+ 4. What is frozen is in eval mode: no dropout in BERT, and BatchNorm's statistics stand still.
+    There, only the gradients stop.
+ 5. AdamW, batch size and epochs are those of all methods here, instead of BertAdam and up to 100
+    epochs. The learning rate is 5e-5, as published. --freeze-image and --freeze-text count epochs,
+    as published, but of the 10 that we train on these data sets.
+ 6. For several labels a sample, it weights the positives of a class by N / frequency. We do not,
+    in any method.
+ 7. Pictures are cropped and flipped at random in training, as in all methods here. There, they are
+    resized and cut at the centre.
 """
 import math
 
@@ -36,51 +45,73 @@ from baselines import parts
 from encoders import BERT, BUILD, ResNet, ViT, padding_mask
 from harness import arguments, metrics, optim, runs
 
-
+OPTIONS = ("image_tokens", "freeze_image", "freeze_text")
 LR = 5e-5      # the authors' README
 
 
 class MMBT(nn.Module):
-    """All that is neither the image encoder nor BERT: the projection P of the cells and the classifier W."""
+    """What is neither image encoder nor BERT: the projection P of the cells, the classifier W."""
 
     def __init__(self, image, text, image_tokens: int, classes: int):
         super().__init__()
-        columns = max(c for c in range(1, math.isqrt(image_tokens) + 1) if image_tokens % c == 0)
-        self.grid = image_tokens // columns, columns                                       # as square as N allows: 3 x 1, 2 x 2, 3 x 2
+        # The grid is as square as N allows: 3 x 1, 2 x 2, 3 x 2.
+        columns = math.isqrt(image_tokens)
+        while image_tokens % columns > 0:
+            columns -= 1
+        self.grid = (image_tokens // columns, columns)
         self.project = nn.Linear(image.width, text.width)
         self.classifier = nn.Linear(text.width, classes)
 
     def cells(self, image, x):
         """Pictures (B, V, 3, h, w) -> image tokens (B, N, D)."""
-        views = x.flatten(0, 1)                                                            # (B V, 3, h, w)
+        views = x.flatten(0, 1)                                       # (B V, 3, h, w)
         if isinstance(image, ViT):
-            patches = image.tokens(views)[:, 1:]                                           # (B V, T, D_v), row by row, without the class token
-            feature_map = patches.mT.unflatten(2, (math.isqrt(patches.shape[1]), -1))      # (B V, D_v, rows, columns)
+            patches = image.tokens(views)[:, 1:]                      # all but the class token
+            rows = math.isqrt(patches.shape[1])
+            feature_map = patches.mT.unflatten(2, (rows, -1))         # (B V, D_v, rows, columns)
         else:
             feature_map = image.feature_map(views)
-        pooled = F.adaptive_avg_pool2d(feature_map, self.grid).flatten(2).mT               # (B V, N, D_v)
-        return self.project(pooled.unflatten(0, x.shape[:2]).mean(1))
+        cells = F.adaptive_avg_pool2d(feature_map, self.grid)
+        cells = cells.flatten(2).mT                                   # (B V, N, D_v)
+        cells = cells.unflatten(0, x.shape[:2]).mean(1)               # (B, N, D_v)
+        return self.project(cells)
 
     def sequence(self, bert, v, ids):
-        """Image tokens v (B, N, D), token ids (B, T) -> what BERT's blocks read, (B, N + 1 + T, D), and which of it is there, (B, N + 1 + T) bool."""
-        n, last = v.shape[1] + 2, (ids != 0).sum(1, keepdim=True).sub(1).clamp(min=0)
-        picture = torch.cat([bert.words(ids[:, :1]), v, bert.words(ids.gather(1, last))], dim=1)      # [CLS] v_1 .. v_N [SEP], (B, N + 2, D)
-        picture = bert.dropout(bert.norm_embed(picture + bert.positions.weight[:n] + bert.segments.weight[0]))
-        text = bert.embed(ids[:, 1:], segments=torch.ones_like(ids[:, 1:]))                           # without its [CLS], (B, T - 1, D)
-        return torch.cat([picture, text], dim=1), F.pad(padding_mask(ids)[:, 1:], (n, 0), value=True)
+        """-> what BERT's blocks read, (B, N + 1 + T, D), and which of it counts, bool.
+
+        v: image tokens (B, N, D); ids: token ids (B, T), [CLS] w_1 w_2 ... [SEP] and padding.
+        """
+        # Segment 0: the picture between the [CLS] and the [SEP] of the text.
+        last = (ids != 0).sum(1, keepdim=True) - 1                    # where [SEP] is, (B, 1)
+        cls = bert.words(ids[:, :1])
+        sep = bert.words(ids.gather(1, last.clamp(min=0)))
+        picture = torch.cat([cls, v, sep], dim=1)                     # (B, N + 2, D)
+        n = picture.shape[1]
+        picture = picture + bert.positions.weight[:n] + bert.segments.weight[0]
+        picture = bert.dropout(bert.norm_embed(picture))
+        # Segment 1: the text without its [CLS].
+        words = ids[:, 1:]
+        text = bert.embed(words, segments=torch.ones_like(words))     # (B, T - 1, D)
+        counts = F.pad(padding_mask(ids)[:, 1:], (n, 0), value=True)  # no picture is padding
+        return torch.cat([picture, text], dim=1), counts
 
     def forward(self, image, bert, x: dict):
-        """Pictures and token ids, x["visual"], x["text"] -> feature (B, D) float32."""
-        tokens, there = self.sequence(bert, self.cells(image, x["visual"]), x["text"])
-        cls = bert.encode(tokens, keep=1, mask=there[:, None, None])[:, 0]
+        """x["visual"], pictures, and x["text"], token ids -> the feature (B, D) float32."""
+        v = self.cells(image, x["visual"])
+        tokens, counts = self.sequence(bert, v, x["text"])
+        cls = bert.encode(tokens, keep=1, mask=counts[:, None, None])[:, 0]
         return bert.pooler(cls).tanh().float()
 
 
-def check(names: dict) -> None:
-    kinds = {m: BUILD[name][0] if name in BUILD else None for m, name in names.items()}
-    if kinds.keys() != {"visual", "text"} or kinds["text"] is not BERT or kinds["visual"] not in (ResNet, ViT):
-        told = ", ".join(f"{m}={name}" for m, name in names.items())
-        raise ValueError(f"mmbt takes visual, a ResNet or a ViT, with text, a BERT (see --encoder), not {told}")
+def check(encoders: dict) -> None:
+    """ValueError unless the modalities and their encoders are those that MMBT can take."""
+    family = {m: BUILD[name][0] for m, name in encoders.items()}
+    if family.keys() == {"visual", "text"}:
+        if family["visual"] in (ResNet, ViT) and family["text"] is BERT:
+            return
+    told = ", ".join(f"{m}={name}" for m, name in encoders.items())
+    raise ValueError("mmbt takes visual, a ResNet or a ViT, with text, a BERT (see --encoder),"
+                     f" not {told}")
 
 
 def train(args, seed: int) -> runs.Run:
@@ -102,7 +133,8 @@ def train(args, seed: int) -> runs.Run:
     models = parts.pretrained_encoders(settings, info)
     image, bert = models["visual"].encoder, models["text"].encoder
     torch.manual_seed(seed)
-    joint = models["joint"] = MMBT(image, bert, args.image_tokens, len(info["classes"]))
+    joint = MMBT(image, bert, args.image_tokens, len(info["classes"]))
+    models["joint"] = joint
     models.to(args.device)
 
     # ---- Optimiser: of all weights; it skips those without gradient ----
@@ -113,12 +145,13 @@ def train(args, seed: int) -> runs.Run:
             h = joint(image, bert, x)
         return {"joint": joint.classifier(h)}
 
+    def predict(split):
+        return metrics.predict(forward, models, split, args.device, settings)
+
+    # ---- MMBT: what is frozen at first ----
     def thaw(epoch):
         image.requires_grad_(epoch > args.freeze_image)
         bert.blocks.requires_grad_(epoch > args.freeze_text)
-
-    def predict(split):
-        return metrics.predict(forward, models, split, args.device, settings)
 
     # ---- Training ----
     first_epoch = run.resume(models, optimizer)               # 0 for a new run
@@ -127,7 +160,7 @@ def train(args, seed: int) -> runs.Run:
         first_epoch = 1
 
     for epoch in range(first_epoch, settings["epochs"] + 1):
-        thaw(epoch)                                           # ---- MMBT: gradual unfreezing ----
+        thaw(epoch)
         models.train()                                        # what is frozen stays in eval mode
         rng = data.epoch_rng(seed, epoch)                     # all randomness of this epoch
         batches = data.batches(len(train_split), settings["batch_size"], rng)
@@ -147,13 +180,10 @@ def train(args, seed: int) -> runs.Run:
 
     # ---- The best epoch, once, on test ----
     run.load_best(models)
-    thaw(settings["epochs"])                                  # a resumed run may have skipped the loop
+    thaw(settings["epochs"])              # a resumed run may not have entered the loop
     run.save_tensors("model.safetensors", parts.whole(models))
     test_split = data.Split(folder, "test")
     return run.finish({"val": predict(val_split), "test": predict(test_split)}, models)
-
-
-OPTIONS = ("image_tokens", "freeze_image", "freeze_text")
 
 
 def parser():

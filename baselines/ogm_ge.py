@@ -1,29 +1,40 @@
-"""OGM-GE: on-the-fly gradient modulation with generalisation enhancement (Peng et al., "Balanced Multimodal Learning via On-the-fly
-Gradient Modulation", CVPR 2022; GeWu-Lab/OGM-GE_CVPR2022).
+"""OGM-GE: on-the-fly gradient modulation with generalisation enhancement (Peng et al., "Balanced
+Multimodal Learning via On-the-fly Gradient Modulation", CVPR 2022; GeWu-Lab/OGM-GE_CVPR2022).
 
     python -m baselines.ogm_ge --dataset crema_d
-    python -m baselines.ogm_ge --dataset crema_d --encoder resnet18 --pretrained none --conv-only     # closest to the authors' setting
+    python -m baselines.ogm_ge --dataset crema_d --encoder resnet18 --pretrained none --conv-only
 
-Of two modalities one is learnt first, drives the joint loss down, and leaves the other without gradient. So slow the leader's encoder down.
-The model is the concat baseline; between backward and step, in every batch,
+The second command is closest to the authors' setting.
 
-    s_m   = sum_i softmax(W_m h_m(x_i) + b/M)[y_i]                  how well modality m does alone
-    rho_m = s_m / min_k s_k                                         how far ahead of the weakest it is
-    k_m   = 1 - tanh(alpha rho_m) if rho_m > 1 else 1               OGM: its encoder's gradients are multiplied by k_m
-    g    <- k_m g + N(0, std(g)^2)                                  GE: and all encoders' gradients get noise as large as they were
+One modality is learnt first. It drives the joint loss down, and the others are left without
+gradient. OGM slows the encoder of the leader down. The model is the concat baseline. In every
+batch, between backward and step:
 
-With M = 2 this is as published (rho_a = s_a/s_v, rho_v = 1/rho_a: whichever is below 1 gives k = 1); the minimum is how BalanceBenchmark
-(GeWu-Lab/BalanceBenchmark) carries it over to more modalities. The classifier is never modulated.
+    s_m   = sum_i softmax(W_m h_m(x_i) + b/M)[y_i]        how well modality m does alone
+    rho_m = s_m / min_k s_k                               how far it is ahead of the weakest
+    k_m   = 1 - tanh(alpha rho_m) if rho_m > 1, else 1    OGM: the factor of its encoder's gradients
+    g    <- k_m g + N(0, std(g)^2)                        GE: noise, as large as g was before
+
+Every encoder's gradients get the noise; the classifier is never modulated. With M = 2 this is as
+published: rho_a = s_a/s_v, rho_v = 1/rho_a, and the one below 1 gives k = 1. The minimum is how
+BalanceBenchmark (GeWu-Lab/BalanceBenchmark) carries it over to more modalities.
 
 Where we differ from the authors' code, and why:
- 1. It modulates 4-D parameters only, convolutions. In a ViT that is the patch embedding and nothing else, so we take all encoder parameters
-    with two axes or more; the authors recommend it (issue 22), BalanceBenchmark does so. --conv-only is their code.
- 2. It optimises with SGD, we with AdamW as everything else here. AdamW divides by the running size of a gradient, so a factor k that
-    stays the same cancels out; only its changes, and the noise, are felt. Judge OGM with that in mind.
- 3. Modulated epochs: theirs 0 to 50 of 100; ours the first half. alpha: its default is in doubt (issue 45); 0.3 is their example's.
- 4. std(g) is that of the elements of one tensor before modulation, as in their code. The paper derives the noise from the covariance of
-    SGD's gradients over a batch, which neither they nor we compute.
- 5. Single-label data only: s_m has no counterpart with several labels a sample. Validation and public weights: see concat.py.
+ 1. It modulates parameters with four axes only: convolutions. In a ViT that is the patch embedding
+    and nothing else. So we take all encoder parameters with two axes or more. The authors recommend
+    it (issue 22), and BalanceBenchmark does it. --conv-only is their code.
+ 2. It optimises with SGD, we with AdamW, as everywhere here. AdamW divides by the running size of
+    a gradient. So a factor k that stays the same cancels out: only its changes, and the noise, are
+    felt. Judge OGM with that in mind.
+ 3. It modulates epochs 0 to 50 of 100. We modulate the first half of the epochs. The default of
+    alpha is in doubt (issue 45); 0.3 is their example's.
+ 4. std(g) is that of the elements of one tensor before modulation, as in their code. The paper
+    derives the noise from the covariance of SGD's gradients over a batch. Neither they nor we
+    compute that one.
+ 5. A row without gradient gets no noise and does not count in std(g). Their convolutions have no
+    such row, a table of word embeddings has many.
+ 6. Single-label data only: s_m has no counterpart with several labels a sample.
+ 7. Validation and public weights: see concat.py.
 """
 import math
 
@@ -33,26 +44,36 @@ import data
 from baselines import parts
 from harness import arguments, metrics, optim, runs
 
+OPTIONS = ("alpha", "no_ge", "conv_only", "modulated_epochs")
+
 
 def coefficients(scores: dict, alpha: float) -> dict:
-    """k_m of every modality from its score s_m (tensors without axes): 1 for the weakest, the smaller the further ahead."""
+    """k_m of every modality, from its score s_m: 1 for the weakest, below 1 for those ahead of it.
+
+    The scores are tensors without axes.
+    """
     weakest = torch.stack(list(scores.values())).min()
-    rho = {m: s / weakest for m, s in scores.items()}
-    return {m: torch.where(r > 1, 1 - torch.tanh(alpha * r), 1.0) for m, r in rho.items()}
+    k = {}
+    for m, s in scores.items():
+        rho = s / weakest
+        k[m] = torch.where(rho > 1, 1 - torch.tanh(alpha * rho), 1.0)
+    return k
 
 
 @torch.no_grad()
 def modulate(encoder, k, noise: bool, conv_only: bool) -> None:
     """Change the gradients of an encoder in place.
 
-    The noise comes from the device's generator, which every epoch seeds anew. A row without gradient
-    gets none: it belongs to a word that is not in the batch, and AdamW would move that word.
+    The noise comes from the device's generator, which every epoch seeds anew. A row without
+    gradient gets none: it belongs to a word that is not in the batch, and AdamW would move it.
     """
-    for p in encoder.parameters():
-        wanted = p.ndim == 4 if conv_only else p.ndim > 1
+    for name, p in encoder.named_parameters():
+        wanted = name.endswith("weight") and p.ndim > 1       # not biases, norms, class tokens
+        if conv_only:
+            wanted = p.ndim == 4
         if p.grad is None or not wanted:
             continue
-        touched = (p.grad != 0).flatten(1).any(1)             # rows of an embedding, outputs of a layer
+        touched = (p.grad != 0).flatten(1).any(1)             # which rows have a gradient
         std = p.grad[touched].std() + 1e-8                    # of the gradient as it was
         p.grad.mul_(k)
         if noise:
@@ -77,7 +98,8 @@ def train(args, seed: int) -> runs.Run:
     # ---- Models: pre-trained encoders, one linear layer on all their features ----
     models = parts.pretrained_encoders(settings, info)
     torch.manual_seed(seed)
-    joint = models["joint"] = parts.ConcatHead(models, len(info["classes"]))
+    joint = parts.ConcatHead(models, len(info["classes"]))
+    models["joint"] = joint
     models.to(args.device)
 
     # ---- Optimiser ----
@@ -90,6 +112,7 @@ def train(args, seed: int) -> runs.Run:
     def predict(split):
         return metrics.predict(forward, models, split, args.device, settings)
 
+    # ---- OGM-GE: how long it acts ----
     modulated_epochs = args.modulated_epochs
     if modulated_epochs is None:
         modulated_epochs = (settings["epochs"] + 1) // 2
@@ -109,18 +132,18 @@ def train(args, seed: int) -> runs.Run:
             optim.set_lr(optimizer, settings, step, steps, run.history)
             batch = data.inputs(train_split, index, models, args.device, settings, rng)
             optimizer.zero_grad()
-            alone = dict.fromkeys(settings["encoders"], 0.0)
+            s = dict.fromkeys(settings["encoders"], 0.0)
             for x, y, share in data.parts(batch, args.micro_batch):
                 logits = forward(x)
                 loss = metrics.cross_entropy(logits["joint"], y)
                 (share * loss).backward()
                 run.count(loss, logits, y)
-                for m in alone:                               # s_m
+                for m in s:                                   # s_m: how well m does alone
                     p = logits[m].detach().softmax(-1)
-                    alone[m] += p.gather(1, y[:, None]).sum()
+                    s[m] += p.gather(1, y[:, None]).sum()
             # ---- OGM-GE: the leader's gradients are made smaller, all get noise ----
             if epoch <= modulated_epochs:
-                for m, k in coefficients(alone, args.alpha).items():
+                for m, k in coefficients(s, args.alpha).items():
                     modulate(models[m].encoder, k, not args.no_ge, args.conv_only)
                     run.note(**{f"k_{m}": k})
             optimizer.step()
@@ -132,9 +155,6 @@ def train(args, seed: int) -> runs.Run:
     run.save_tensors("model.safetensors", parts.whole(models))
     test_split = data.Split(folder, "test")
     return run.finish({"val": predict(val_split), "test": predict(test_split)}, models)
-
-
-OPTIONS = ("alpha", "no_ge", "conv_only", "modulated_epochs")
 
 
 def parser():

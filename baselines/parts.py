@@ -1,7 +1,7 @@
 """What the compared methods share: encoders without heads, the joint head, towers in the open.
 
-Every file beside this one has the skeleton of `train_joint.py`. What a method must remember to go on
-after a kill is a parameter or a buffer of its `models`.
+Every file beside this one has the skeleton of `train_joint.py`. What a method must remember, to go
+on after a kill, is a parameter or a buffer of its `models`.
 
 Shapes: B batch, V views, T tokens, D width, C classes, D_m width of the feature h_m of modality m.
 """
@@ -84,18 +84,20 @@ def trained(models: nn.ModuleDict, optimizer) -> dict:
 
 
 def whole(models: nn.ModuleDict) -> dict:
-    """All tensors. Each modality's part of a joint head becomes a head of its own: whoever loads
-    the run finds complete uni-modal models in it."""
+    """All tensors. A modality's columns of the joint head become a head of its own. So whoever
+    loads the run finds complete uni-modal models in it."""
     tensors = copies(models)
     if "joint" in models and isinstance(models["joint"], ConcatHead):
         for m, (W, b) in models["joint"].blocks().items():
             if models[m].head is None:
-                tensors.update({f"{m}.head.weight": W, f"{m}.head.bias": b})
+                tensors[f"{m}.head.weight"] = W
+                tensors[f"{m}.head.bias"] = b
     return tensors
 
 
 def copies(models: nn.ModuleDict) -> dict:
-    """One head may stand in several places, but a file wants a memory of its own for each tensor."""
+    """The tensors of a model. Heads are copied: MLA's one head stands in several places, and a file
+    wants a memory of its own for each tensor."""
     tensors = {}
     for name, v in models.state_dict().items():
         tensors[name] = v.clone() if ".head." in name else v
@@ -113,11 +115,13 @@ class Tower:
     """
 
     def __init__(self, encoder, x, layers: int):
-        self.encoder, self.views, self.blocks = encoder, 1, encoder.blocks[-layers:]
-        if x.dim() == 5:
+        self.encoder = encoder
+        self.blocks = encoder.blocks[-layers:]
+        self.views = 1
+        if x.dim() == 5:                                              # (B, V, C, H, W)
             self.views = x.shape[1]
             x = x.flatten(0, 1)
-        self.mask = {}                                                # of BERT: which tokens are text
+        self.mask = {}                                                # of BERT: which tokens count
         if isinstance(encoder, BERT):
             self.mask = dict(mask=padding_mask(x)[:, None, None])     # (N, 1, 1, T)
         self.x = encoder.embed(x)
@@ -132,9 +136,11 @@ class Tower:
         T, n = self.x.shape[1], added.shape[1]
         # What is added is never padding.
         mask = {name: F.pad(m, (0, n), value=True) for name, m in self.mask.items()}
-        sequence = torch.cat([self.x, added.repeat_interleave(self.views, 0)], dim=1)    # (N, T + n, D)
-        x = self.blocks[i](sequence, **mask)
-        return x[:, :T], x[:, T:].unflatten(0, (-1, self.views)).mean(1)
+        of_each_view = added.repeat_interleave(self.views, 0)         # (N, n, D)
+        sequence = torch.cat([self.x, of_each_view], dim=1)           # (N, T + n, D)
+        out = self.blocks[i](sequence, **mask)
+        x, added = out[:, :T], out[:, T:]
+        return x, self.mean_over_views(added)
 
     def feature(self) -> torch.Tensor:
         """The class token after the last norm, averaged over views: (B, D) float32.
@@ -142,8 +148,13 @@ class Tower:
         Of BERT that is [CLS] before the pooler.
         """
         cls = self.encoder.norm(self.x[:, 0]).float()
-        return cls.unflatten(0, (-1, self.views)).mean(1)
+        return self.mean_over_views(cls)
 
+    def mean_over_views(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(0, (-1, self.views)).mean(1)               # (N, ...) -> (B, ...)
+
+
+# ---- Checks before any work ----
 
 def only_transformers(encoders: dict) -> None:
     """ValueError unless a `Tower` can be made of all encoders, modality -> name."""

@@ -1,31 +1,41 @@
-"""PMF: prompt-based multimodal fusion (Li et al., "Efficient Multimodal Fusion via Interactive Prompting", CVPR 2023; yaoweilee/PMF).
+"""PMF: prompt-based multimodal fusion (Li et al., "Efficient Multimodal Fusion via Interactive
+Prompting", CVPR 2023; yaoweilee/PMF).
 
     python -m baselines.pmf --dataset food101
-    python -m baselines.pmf --umft                           # towers fine-tuned uni-modally first, then frozen: where MMLoRA starts
+    python -m baselines.pmf --umft             # fine-tuned towers, frozen: where MMLoRA starts
     python -m baselines.pmf --dataset crema_d --fusion-layers 4 --prompts 8
 
-Two frozen towers talk through prompts: learnt tokens that are put beside a tower's own in its last F blocks. Each of these runs twice, first to
-ask a tower what the other one should know, then to tell it. With other(a) = b and T_m the same frozen block in both passes:
+Two frozen towers talk through prompts: learnt tokens, put beside the tower's own in its last F
+blocks. Each of these blocks runs twice: first a tower is asked what the other one should know, then
+it is told what the other one said. With T_m the same frozen block both times:
 
-    query     [.. ; .. ; q_m] <- T_m([z_m ; qc_m ; qp_m])                  query-context and query prompts; q_m: what the latter became
-              t_m = MLP_m(q_m)                                             translated into the width of the other tower
-    fusion    [z_m ; .. ; ..] <- T_m([z_m ; fc_m ; t_other(m)])            fusion-context prompts; all that was added is cut off again
-    f_m = W_m h_m + c_m, h_m the class token after the last norm (BERT: [CLS] as it is);      prediction: softmax of (f_a + f_b) / 2
+    query     [.. ; .. ; q_m] <- T_m([z_m ; qc_m ; qp_m])          query-context and query prompts
+              t_m = MLP_m(q_m)                                     as wide as the other tower
+    fusion    [z_m ; .. ; ..] <- T_m([z_m ; fc_m ; t_other(m)])    fusion-context prompts
+    f_m = W_m h_m + c_m                                            h_m: the class token of tower m
+    loss: cross-entropy of (f_a + f_b) / 2
 
-Trained are the prompts, the MLPs (linear, ReLU, linear) and the two heads, under 3 % of all parameters. In the blocks before the last F no
-gradient flows at all, which is where the memory is saved. Two modalities, on ViT, AudioViT and BERT.
+q_m is what became of the query prompts qp_m. After each pass, all that was added is cut off again.
+h_m is taken after the last norm (BERT: [CLS] as it is). Trained are the prompts, the MLPs (linear,
+ReLU, linear) and the two heads: under 3 % of all parameters. No gradient flows in the blocks before
+the last F, which saves memory. Two modalities, on ViT, AudioViT and BERT.
 
 Where we differ from the authors' code, and why:
- 1. It never trains the fusion-context prompts: the routine that freezes asks for an attribute "fcp", and they are called vision_fcp and
-    text_fcp. Ours are trained, as the paper says.
- 2. It fails when all blocks fuse (it uses the variable of a loop that then never ran). Here F may be the whole tower; a tower with fewer
-    than F blocks makes both fuse in as many as it has.
- 3. Only the model was released. Optimiser and epochs are those of all methods here; learning rate 1e-3, because nothing pre-trained is
-    trained: ours.
- 4. Its ViT was pre-trained on ImageNet-21k. Ours are the encoders and public weights of all methods here, also audio with visual.
- 5. Several views of a sample: each is a sequence of its own with the same prompts, q_m is averaged over them.
+ 1. It never trains the fusion-context prompts: the routine that freezes asks for an attribute
+    "fcp", and they are called vision_fcp and text_fcp. We train them, as the paper says.
+ 2. It fails when all blocks fuse: it uses the variable of a loop that then never ran. Here F may be
+    the whole tower. If a tower has fewer than F blocks, both fuse in as many as it has.
+ 3. Only the model was released. Optimiser and epochs are those of all methods here. The learning
+    rate is 1e-3, because nothing that is trained was pre-trained: ours.
+ 4. Its ViT was pre-trained on ImageNet-21k. Ours are the encoders and public weights of all methods
+    here, also audio with visual.
+ 5. Each of several views of a sample is a sequence of its own with the same prompts. q_m is
+    averaged over them.
  6. Frozen towers stay in eval mode, without dropout.
- 7. --umft is ours. Without public weights (the toy) a frozen tower is a random one, and the prompts have little to work with.
+ 7. --umft is ours. Without public weights (the toy) a frozen tower is a random one, and the prompts
+    have little to work with.
+ 8. --umft has step 1 and then a second run as long as step 1: on the toys 80 + 80 epochs. MMLoRA
+    has 80 + 15 there.
 """
 import math
 
@@ -37,37 +47,51 @@ import train_unimodal
 from baselines import parts
 from harness import arguments, metrics, optim, runs
 
-
+OPTIONS = ("prompts", "fusion_layers", "umft")
 LR = 1e-3      # ours: paper silent
 
 
 class FusionLayer(nn.Module):
-    """What one block gets beside its tokens. widths: of the two towers, modality -> D_m."""
+    """What one block of both towers gets beside its own tokens. widths: modality -> D_m, of two."""
 
     def __init__(self, widths: dict, prompts: int):
         super().__init__()
-        new = lambda: nn.ParameterDict({m: nn.Parameter(torch.randn(prompts, w) * 0.02) for m, w in widths.items()})
-        self.query_context, self.query, self.fusion_context = new(), new(), new()          # (n, D_m) each
-        (a, b), hidden = widths, max(widths.values()) // 2
+        self.prompts = prompts                                        # n
+        self.query_context = new_prompts(widths, prompts)             # qc_m
+        self.query = new_prompts(widths, prompts)                     # qp_m
+        self.fusion_context = new_prompts(widths, prompts)            # fc_m
+        a, b = widths
         self.other = {a: b, b: a}
-        self.translate = nn.ModuleDict({m: nn.Sequential(nn.Linear(widths[m], hidden), nn.ReLU(), nn.Linear(hidden, widths[self.other[m]])) for m in widths})
+        hidden = max(widths.values()) // 2
+        self.translate = nn.ModuleDict()                              # MLP_m
+        for m, other in self.other.items():
+            first, second = nn.Linear(widths[m], hidden), nn.Linear(hidden, widths[other])
+            self.translate[m] = nn.Sequential(first, nn.ReLU(), second)
 
     def forward(self, towers: dict, i: int) -> None:
         """Run block i of both towers (modality -> parts.Tower)."""
-        n, told = len(next(iter(self.query.values()))), {}
-        for m, tower in towers.items():                                                    # both are asked before either is told anything
-            prompts = torch.cat([self.query_context[m], self.query[m]])
-            _, out = tower.block(i, prompts.expand(len(tower.x) // tower.views, -1, -1))
-            told[self.other[m]] = self.translate[m](out[:, -n:])                           # (B, n, D_m) -> (B, n, D_other)
+        told = {}
+        for m, tower in towers.items():       # both are asked before either is told anything
+            prompts = torch.cat([self.query_context[m], self.query[m]])           # (2n, D_m)
+            samples = len(tower.x) // tower.views
+            _, out = tower.block(i, prompts.expand(samples, -1, -1))
+            q = out[:, -self.prompts:]                                            # (B, n, D_m)
+            told[self.other[m]] = self.translate[m](q)                            # (B, n, D_other)
         for m, tower in towers.items():
             context = self.fusion_context[m].expand(len(told[m]), -1, -1)
             tower.x, _ = tower.block(i, torch.cat([context, told[m]], dim=1))
 
 
+def new_prompts(widths: dict, n: int) -> nn.ParameterDict:
+    """n learnt tokens for every tower: modality -> (n, D_m)."""
+    prompts = {m: nn.Parameter(torch.randn(n, width) * 0.02) for m, width in widths.items()}
+    return nn.ParameterDict(prompts)
+
+
 def train(args, seed: int) -> runs.Run:
     if min(args.prompts, args.fusion_layers) < 1:
-        raise ValueError(f"--prompts {args.prompts} --fusion-layers {args.fusion_layers}: both are 1 or"
-                         " more")
+        raise ValueError(f"--prompts {args.prompts} --fusion-layers {args.fusion_layers}: both are"
+                         " 1 or more")
     folder, info = arguments.open_data(args, seed)
     modalities = list(info["modalities"])
     if len(modalities) != 2:
@@ -150,9 +174,6 @@ def train(args, seed: int) -> runs.Run:
     run.save_tensors("model.safetensors", parts.whole(models))
     test_split = data.Split(folder, "test")
     return run.finish({"val": predict(val_split), "test": predict(test_split)}, models)
-
-
-OPTIONS = ("prompts", "fusion_layers", "umft")
 
 
 def parser():

@@ -3,33 +3,35 @@ Learning", CVPR 2023; fanyunfeng-bit/Modal-Imbalance-PMR).
 
     python -m baselines.pmr --dataset crema_d
 
-The concat baseline, and a loss that speaks to the slow encoder directly: pull its features towards the
-prototype of their class, the mean feature of that class. The same distances say how much a modality
-needs it:
+The concat baseline, and a loss that speaks to the slow encoder directly: pull its features towards
+the prototype of their class, the mean feature of that class. The same distances say how much a
+modality needs it:
 
-    c_mk = class mean of h_m, over a tenth of train, anew every epoch with momentum
+    c_mk = class mean of h_m, over a tenth of train      new every epoch, with momentum
     p_m(k|x) = softmax_k(-||h_m(x) - c_mk||)             s_m = sum_i p_m(y_i|x_i), over the batch
     beta_m = clip(max_j s_j / s_m - 1, 0, 1)             0 for the leading modality
     L = CE(z, y) + alpha sum_m beta_m PCE_m              PCE_m = -mean log p_m(y): prototype loss
-      - mu max_m(beta_m) H(p_leader)                     PER, first epochs: keeps the leader's entropy up
+      - mu max_m(beta_m) H(p_leader)                     PER, first epochs: keeps its entropy up
 
-With M = 2 this is the paper's: rho = s_0/s_1; beta = clip(1/rho - 1, 0, 1) for modality 0 if rho < 1,
-gamma = clip(rho - 1, 0, 1) for modality 1 otherwise; the leader's entropy is weighed by the other's
-coefficient. The form above for M > 2 is ours.
+With M = 2 this is the paper's: rho = s_0/s_1; beta = clip(1/rho - 1, 0, 1) for modality 0 if
+rho < 1, gamma = clip(rho - 1, 0, 1) for modality 1 otherwise; the leader's entropy is weighed by
+the other's coefficient. The form above for M > 2 is ours.
 
 Where we differ from the authors' code, and why:
- 1. It has no PER (issues 4, 7, 9), and switches beta and gamma between 0 and 1. We follow the paper. The
-    paper gives no number of epochs for PER: a tenth of all.
- 2. It takes the first tenth of the batches for prototypes, and a class that is absent there becomes NaN.
-    We draw the tenth class by class, at least one sample of each. A class without any training sample
-    has no prototype and takes no part in the softmax.
+ 1. It has no PER (issues 4, 7, 9), and switches beta and gamma between 0 and 1. We follow the
+    paper. The paper gives no number of epochs for PER: a tenth of all.
+ 2. It takes the first tenth of the batches for prototypes, and a class that is absent there becomes
+    NaN. We draw the tenth class by class, at least one sample of each. A class without any training
+    sample has no prototype and takes no part in the softmax.
  3. For some data sets it computes prototypes from validation or test samples. We take train only,
     without augmentation, in eval mode.
  4. AdamW and our schedule instead of SGD. Momentum 0.2, alpha 1 and mu 1e-2 are the code's and the
-    paper's values. The prototype loss ends after two thirds of the epochs, as theirs does (100 of 150).
- 5. Distances by torch.cdist instead of a double loop. Single-label data only: there is no class mean with
-    several labels a sample.
- 6. With --micro-batch s_m is still that of the whole batch. Its parts are encoded twice for that.
+    paper's values. The prototype loss ends after two thirds of the epochs, as theirs does (100 of
+    150).
+ 5. Distances by torch.cdist instead of a double loop. Single-label data only: there is no class
+    mean with several labels a sample.
+ 6. With --micro-batch s_m is still that of the whole batch. Its parts are encoded twice for that,
+    the first time in eval mode: with dropout or drop path s_m then differs a little.
 """
 import math
 
@@ -39,6 +41,8 @@ import torch.nn.functional as F
 import data
 from baselines import parts
 from harness import arguments, metrics, optim, runs
+
+OPTIONS = ("alpha", "pce_epochs", "mu", "per_epochs", "momentum", "share")
 
 
 class Prototypes(torch.nn.Module):
@@ -62,13 +66,15 @@ class Prototypes(torch.nn.Module):
         keep = torch.where(self.seen, momentum, 0.0)[:, None]
         for m, v in h.items():
             c = getattr(self, m)                                               # (C, D_m)
-            mean = (one_hot.T @ v) / count.clamp(min=1)[:, None]
-            c.copy_(torch.where(count[:, None] > 0, keep * c + (1 - keep) * mean, c))
+            mean = (one_hot.T @ v) / count.clamp(min=1)[:, None]               # (C, D_m)
+            new = keep * c + (1 - keep) * mean
+            c.copy_(torch.where(count[:, None] > 0, new, c))
         self.seen |= count > 0
 
     def log_prob(self, m: str, h: torch.Tensor) -> torch.Tensor:
         """log p_m(k|x), (B, C); -inf for classes without prototype."""
-        distance = torch.cdist(h, getattr(self, m))
+        # The faster way through a matrix product rounds too much: 1e-3 of a distance.
+        distance = torch.cdist(h, getattr(self, m), compute_mode="donot_use_mm_for_euclid_dist")
         return (-distance).masked_fill(~self.seen, -torch.inf).log_softmax(-1)
 
     @torch.no_grad()
@@ -84,7 +90,10 @@ class Prototypes(torch.nn.Module):
     def loss(self, h: dict, y: torch.Tensor, s: dict, alpha: float, mu: float):
         """-> what PMR adds to the cross-entropy, and beta_m. s: scores of the whole batch."""
         leader = max(s, key=s.get)
-        beta = {m: (s[leader] / v.clamp(min=1e-12) - 1).clamp(0, 1) for m, v in s.items()}
+        beta = {}
+        for m in s:
+            ahead = s[leader] / s[m].clamp(min=1e-12)
+            beta[m] = (ahead - 1).clamp(0, 1)
         known = self.seen[y]
         n = max(int(known.sum()), 1)
         extra = 0.0
@@ -100,10 +109,13 @@ class Prototypes(torch.nn.Module):
 
 
 def a_share_of_every_class(labels: torch.Tensor, share: float, seed: int) -> torch.Tensor:
-    """Indices: of every class that occurs, `share` of its samples, rounded up."""
+    """Indices, sorted: of every class that occurs, `share` of its samples, at least one."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    by_class = [order[labels[order] == k] for k in labels.unique()]
-    return torch.cat([i[:max(1, round(share * len(i)))] for i in by_class]).sort().values
+    chosen = []
+    for k in labels.unique():
+        of_class = order[labels[order] == k]
+        chosen.append(of_class[:max(1, round(share * len(of_class)))])
+    return torch.cat(chosen).sort().values
 
 
 def train(args, seed: int) -> runs.Run:
@@ -124,7 +136,8 @@ def train(args, seed: int) -> runs.Run:
     torch.manual_seed(seed)
     joint = parts.ConcatHead(models, len(info["classes"]))
     prototypes = Prototypes(models, len(info["classes"]))
-    models["joint"], models["prototypes"] = joint, prototypes
+    models["joint"] = joint
+    models["prototypes"] = prototypes
     models.to(args.device)
 
     # ---- Optimiser ----
@@ -140,6 +153,7 @@ def train(args, seed: int) -> runs.Run:
     def predict(split):
         return metrics.predict(forward, models, split, args.device, settings)
 
+    # ---- PMR: who leads in a batch, what prototypes are means of, how long its losses act ----
     @torch.no_grad()
     def look_at(pieces):
         """s_m of a batch that comes in parts: they are encoded once more, in eval mode, since
@@ -207,9 +221,6 @@ def train(args, seed: int) -> runs.Run:
     run.save_tensors("model.safetensors", parts.whole(models))
     test_split = data.Split(folder, "test")
     return run.finish({"val": predict(val_split), "test": predict(test_split)}, models)
-
-
-OPTIONS = ("alpha", "pce_epochs", "mu", "per_epochs", "momentum", "share")
 
 
 def parser():

@@ -1,9 +1,9 @@
-"""The control of MMLoRA: the same LoRA, but each modality is trained on its own loss (Eq. 1 once more).
+"""The control of MMLoRA: the same LoRA, but each modality is trained on its own loss, Eq. 1.
 
     python -m baselines.separate                              # the toy
     diff train_joint.py baselines/separate.py                 # one idea
 
-The predictions are averaged only afterwards. What MMLoRA gains over this row is due to Eq. 3; what
+The predictions are averaged only afterwards. What MMLoRA gains over this row is due to Eq. 3. What
 this row gains over UME is due to further training.
 """
 import math
@@ -77,7 +77,7 @@ def train(args, seed: int) -> runs.Run:
             for x, y, share in data.parts(batch, args.micro_batch):
                 logits = forward(x)
                 # Eq. 1 once more: no modality learns what another one knows.
-                loss = sum(metrics.cross_entropy(logits[m], y) for m in modalities) / len(modalities)
+                loss = sum(metrics.cross_entropy(z, y) for z in logits.values()) / len(logits)
                 (share * loss).backward()
                 run.count(loss, logits, y)
             optimizer.step()

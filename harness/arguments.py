@@ -9,6 +9,8 @@ import difflib
 import importlib
 import json
 import math
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -127,6 +129,8 @@ def guard(work) -> None:
     except KeyboardInterrupt:
         print("\n" + how_far(), file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:                               # ... | head: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except torch.OutOfMemoryError:
         sys.exit("error: the batch does not fit into the GPU's memory; try --micro-batch 16")
     except (ValueError, OSError) as error:
@@ -156,7 +160,7 @@ def train_all(p: argparse.ArgumentParser, train) -> None:
         told = ", ".join(f"{lr:g} {100 * report.validation(tried[lr])[0]:.1f}" for lr in tried)
         print(f"\nlearning rate {best:g}, best on validation: {told}")
     report.closing_table(tried[best])
-    report.next_steps(tried[best], p.prog)
+    report.next_steps(tried[best])
     if args.plot:
         for run in tried[best]:
             report.plot(run.folder)
@@ -221,7 +225,11 @@ def find_toy(folder: Path, name: str, seed: int) -> Path:
         print(f"{fingerprint.sentence(changed)}: making {folder} anew", flush=True)
     else:
         print(f"making {folder} (some seconds)", flush=True)
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():                                   # toy.make never overwrites
+        os.replace(folder, old)
     toy.make(folder, name, seed, made_by)
+    shutil.rmtree(old, ignore_errors=True)
     return folder
 
 

@@ -176,14 +176,20 @@ def changed(folder: Path) -> list[str]:
     if before is None:
         return differences(None, {})
     code = {name: hash_of_code(PROJECT / name) for name in before["code"]}
-    where, data = Path(before["data_folder"]), before["data"]
+    where, data, generator = Path(before["data_folder"]), before["data"], {}
     if (where / "dataset.json").exists():
         data = of_data(where)
+        generator = json.loads((where / "dataset.json").read_text()).get("made_by", {})
     now = dict(version=VERSION, python=python_version(), code=code, data=data)
-    return differences(before, now)
+    changes = differences(before, now)
+    for name, old in generator.items():                   # a toy that would be made anew
+        if old != hash_of_code(PROJECT / name) and name not in changes:
+            changes.append(name)
+    return changes
 
 
 def sentence(changes: list[str]) -> str:
     """"lora.py has changed", "data.py and lora.py have changed"."""
-    verb = "has" if len(changes) == 1 and changes != ["the data"] else "have"
+    plural = len(changes) > 1 or changes[0] in ("the data", "settings", "its uni-modal models")
+    verb = "have" if plural else "has"
     return f"{' and '.join(changes)} {verb} changed"

@@ -1,4 +1,4 @@
-"""Linear evaluation: how good the features of a frozen encoder are (Sec. 3.1; Tables 3, 4 and 8)."""
+"""Linear evaluation: how good the features of a frozen encoder are (Sec. 3.1; Tables 3, 4, 8)."""
 import time
 from pathlib import Path
 

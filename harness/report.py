@@ -4,12 +4,14 @@ import math
 from pathlib import Path
 
 from harness import metrics, runs
+from paper.settings import SETTINGS
 
 NAMES = {"unimodal": "alone", "mmlora": "MMLoRA", "full": "Fully fine-tuned UME",
          "no-umft": "MMLoRA without UMFT", "separate": "Control: separate losses",
          "logits": "LoRA on averaged logits", "frozen": "Classifier on frozen features",
          "concat": "Multi-modal baseline", "ogm_ge": "OGM-GE", "g_blending": "G-Blending",
          "pmr": "PMR", "mla": "MLA", "mbt": "MBT", "mmbt": "MMBT", "pmf": "PMF"}
+MAIN_TABLE = {"audio-visual": 5, "vision-language": 6, "action": 7}    # of the paper
 WIDTH = 80                                            # of a table, in columns of the terminal
 
 
@@ -165,21 +167,25 @@ def short(count: int) -> str:
     return f"{count:,}"
 
 
-def next_steps(group: list, command: str) -> None:
+def next_steps(group: list) -> None:
     """The folder of the run, and what one would type next."""
     first = group[0]
     dataset, folder = first.settings["dataset"], first.folder
-    out = folder.parent.parent
-    elsewhere = "" if out == Path("runs") else f" --out {out}"
+    root = first.data_folder.parent
+    root = "" if root == Path("data") else f" --data-root {root}"
     print(f"\n{folder}" + (f" and {len(group) - 1} more" if len(group) > 1 else ""))
-    print(f"    python evaluate.py --run {folder} --plot")
-    if first.settings["fusion" if "fusion" in first.settings else "method"] in ("prob", "logits"):
-        weakest = next(iter(first.settings["encoders"]))
-        print(f"    python evaluate.py --run {folder} --drop {weakest}")
+    if first.settings.get("fusion") in ("prob", "logits"):
+        one = next(iter(first.settings["encoders"]))
+        print(f"    python evaluate.py --run {folder} --drop {one}{root}")
     else:
-        print(f"    python evaluate.py --run {folder} --probe")
-    toy = f" --dataset {dataset}" if "made_by" in first.info else ""
-    print(f"    python -m paper.tables 5{toy}{elsewhere}")
+        print(f"    python evaluate.py --run {folder} --probe{root}")
+    if dataset in SETTINGS:                               # not for anyone's own data
+        out = folder.parent.parent
+        number = MAIN_TABLE[SETTINGS[dataset]["family"]]
+        toy = f" --dataset {dataset}" if "made_by" in first.info else ""
+        elsewhere = "" if out == Path("runs") else f" --out {out}"
+        print(f"    python -m paper.tables {number}{toy}{elsewhere}{root}")
+    print(f"    python evaluate.py --run {folder} --plot{root}      # needs matplotlib")
 
 
 # ---- Curves ----

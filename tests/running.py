@@ -46,9 +46,13 @@ def error(script, *words, **where):
     return exit.value.code
 
 
-def process(script, *words, out, root):
-    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, words), "--out", str(out), "--data-root", str(root)],
-                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
+def process(script, *words, out, root, project=ROOT):
+    """A process of its own, started. A name without .py as in `call`; project: where the code is."""
+    program = [str(project / script)] if script.endswith(".py") else ["-m", script]
+    words = [*map(str, words), "--out", str(out), "--data-root", str(root)]
+    return subprocess.Popen([sys.executable, *program, *words], cwd=project, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "TQDM_DISABLE": "1"})
 
 
 def result(out, run):
@@ -78,9 +82,20 @@ def everything(out):
 
 
 def table(printed):
-    """Row label -> the words after it, of a closing table."""
-    lines = [re.split(r"  +", line.strip()) for line in printed.splitlines() if re.search(r"\d\.\d", line) and "samples" not in line]
-    return {label: cells for label, *cells in lines}
+    """Row label -> its cells, of the closing table. A label that is too long has a line of its own."""
+    rows, left, long = {}, None, ""
+    for line in printed.splitlines():
+        heading = re.match(r" {20,}(accuracy|f1_micro) ", line)
+        if heading:
+            left = heading.end() - 1 - 13       # the first number takes 13 columns
+        elif not line:
+            left = None
+        elif left and re.fullmatch(r" *\d+\.\d( \+- \d+\.\d)?", line[left:left + 13]):
+            rows[long or line[:left].strip()] = re.split(r"  +", line[left:].strip())
+            long = ""
+        elif left:
+            long = line.strip()
+    return rows
 
 
 def accuracy(p, labels):

@@ -1,125 +1,292 @@
-"""The README is run: every command in its shell blocks, as it stands there, one after another (training with tiny arguments)."""
+"""README.md and docs/ keep their word: commands, quoted outputs, line numbers, links, Python.
+
+The commands of the README are run, one after another, training with tiny arguments. Those of docs/
+are parsed, each with the argparse of its own script.
+"""
+import argparse
+import importlib
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import wave
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-import data
-from test_tables import in_this_process
+from harness import runs
+from prepare import toy
+from running import MMLORA, SMALL, process
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)             # (language, text)
-COMMANDS = [line for language, text in BLOCKS if language == "sh" for line in text.splitlines() if line and not line.startswith("#")]
-NO_DATA = re.compile(r"--dataset (crema_d|ave|kinetics_sound|mm_imdb|food101|ucf101)|prepare\.(?!custom)")
+PAGES = {page.relative_to(ROOT).as_posix(): page.read_text()
+         for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
+INSTALL = "pip install -r requirements.txt && "
+
+
+def blocks(text, language=None):
+    """The code blocks of a page, all or those of one language."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
+    return [block for name, block in found if language is None or name == language]
+
+
+def commands(text):
+    """What a reader may type: the lines of the shell blocks, and those that an output proposes."""
+    shell = [line for block in blocks(text, "sh") for line in block.splitlines()]
+    return shell + re.findall(r"^    (python .*)", "\n".join(blocks(text, "")), re.M)
+
+
+RUN = [line for block in blocks(README, "sh") for line in block.splitlines()]
+PARSED = sorted({line for text in PAGES.values() for line in commands(text)} - {""})
+# Nobody has these data here. And these commands would download public weights.
+NO_DATA = re.compile(r"--dataset (crema_d|ave|kinetics_sound|mm_imdb|food101|ucf101)\b"
+                     r"|prepare\.(?!custom)")
+DOWNLOADS = "python train_joint.py --dataset birds"
+
+
+# ---- Commands ----
+
+class Parsed(Exception):
+    """The command line was right."""
+
+
+@pytest.mark.parametrize("command", [line for line in PARSED if not line.startswith("diff ")])
+def test_command_is_parsed_by_its_script(command, monkeypatch):
+    script, *words = words_of(command)
+    if script == "-m":
+        script = words.pop(0)
+    module = importlib.import_module(script.removesuffix(".py"))
+
+    def parse_only(parse):
+        def parsed(self, args=None, namespace=None):
+            raise Parsed(parse(self, args, namespace))
+        return parsed
+
+    if hasattr(module, "parser"):                     # training scripts, evaluate.py
+        module.parser().parse_args(words)
+        return
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    if script == "paper.tables":                      # what it does not know must be for training
+        args = module.parse()
+        importlib.import_module("train_joint").parser().parse_args(args.training)
+        return
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args",
+                        parse_only(argparse.ArgumentParser.parse_args))
+    with pytest.raises(Parsed):
+        module.main()
+
+
+def words_of(command):
+    """The words after "python"."""
+    words = command.removeprefix(INSTALL).split()
+    assert words[0] == "python", command
+    return words[1:]
+
+
+def tiny(command):
+    """The words after "python", with tiny arguments where it trains or prepares."""
+    words = words_of(command)
+    if words[0] == "train_joint.py" or "baselines.separate" in words:
+        words += ["--umft-epochs", "1"]
+    if words[0].startswith("train_") or words[1].startswith("baselines."):
+        words += ["--epochs", "1", "--device", "cpu"]
+    if "--seeds" in words:
+        words += ["--seeds", "0", "1"]
+    if words[1] == "prepare.custom":
+        words += ["--size", "40", "--clips", "1"]
+    if "--clip" in words:                             # there are no public weights here
+        name = "mmlora-all-r1-visual-resnet_small-audio-resnet_small-s0"
+        words[words.index("--run") + 1] = f"runs/birds/{name}"
+    return words
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the commands are run, one after another: with the media that the section on one's own data talks about."""
+    """Where the commands are run, with the recordings that "Your own data" talks about."""
     from torchvision.io import write_png
     folder = tmp_path_factory.mktemp("readme")
     rows = []
     for i in range(8):
         with wave.open(str(folder / f"{i}.wav"), "wb") as f:
-            f.setnchannels(1), f.setsampwidth(2), f.setframerate(16000)
-            f.writeframes((np.sin(np.arange(16000) * (0.1 + 0.1 * (i % 2))) * 9000).astype("<i2").tobytes())
+            f.setnchannels(1)
+            f.setsampwidth(2)
+            f.setframerate(16000)
+            tone = np.sin(np.arange(16000) * (0.1 + 0.1 * (i % 2))) * 9000
+            f.writeframes(tone.astype("<i2").tobytes())
         write_png(torch.full((3, 40, 40), 20 * i, dtype=torch.uint8), str(folder / f"{i}.png"))
-        rows.append(dict(id=f"b{i}", split="train" if i < 6 else "test", label=["wren", "owl"][i % 2], visual=f"{i}.png", audio=f"{i}.wav"))
+        rows.append(dict(id=f"b{i}", split="train" if i < 6 else "test",
+                         label=["wren", "owl"][i % 2], visual=f"{i}.png", audio=f"{i}.wav"))
     for suffix in ("wav", "png"):
-        (folder / f"new.{suffix}").write_bytes((folder / f"0.{suffix}").read_bytes())
+        shutil.copy(folder / f"0.{suffix}", folder / f"new.{suffix}")
     (folder / "birds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
-def tiny(command):
-    """The words of a command after "python", with tiny arguments appended where it trains."""
-    words = command.removeprefix("pip install -r requirements.txt && ").split()
-    assert words.pop(0) == "python"
-    if words[0].startswith("train_") or words[1].startswith("baselines."):
-        words += ["--epochs", "1", "--device", "cpu"]
-    if words[0] == "train_joint.py" or "--freeze" in words:
-        words += ["--umft-epochs", "1"]
-    if "--lr" in words:                                                     # one of them will do, but for joint training
-        words += ["--lr", *words[words.index("--lr") + 1:][:2 if words[0] == "train_joint.py" else 1]]
-    if "--fill" in words:
-        return [*words[:words.index("--fill")], "--seeds", "0", "1", "--fill", "--epochs", "1"]
-    if "--seeds" in words:
-        words += ["--seeds", "0", "1"]
-    if words[1] == "prepare.custom":
-        words += ["--size", "40", "--clips", "1"]
-    elif "--clip" in words:                                                 # the run is called after its encoders, where they are not the defaults
-        words[words.index("--run") + 1] = "runs/birds/mmlora-audio-r1-visual-resnet18-audio-resnet18-s0"
-    elif "birds" in words:
-        words += ["--encoder", "resnet18", "--pretrained", "none"]          # the defaults are public weights, 5 GB of them
-    return words
-
-
 def run(words, capsys):
-    """As `python words` would, but in this process (torch takes seconds to import): -> (exit code, stdout, stderr)."""
+    """As `python words` would, but in this process: -> (exit code, stdout, stderr)."""
     if words[0] == "-m":
         start, name, argv = runpy.run_module, words[1], words[2:]
     else:
         start, name, argv = runpy.run_path, str(ROOT / words[0]), words[1:]
-    code = 0
+    code, message = 0, ""
     with pytest.MonkeyPatch.context() as m:
         m.setattr(sys, "argv", [name, *argv])
         try:
             start(name, run_name="__main__")
-        except SystemExit as e:
-            code = 1 if isinstance(e.code, str) else e.code or 0
-            print(e.code if isinstance(e.code, str) else "", file=sys.stderr, end="")
+        except SystemExit as end:
+            code = end.code or 0
+    if isinstance(code, str):
+        code, message = 1, code
     printed = capsys.readouterr()
-    return code, printed.out, printed.err
+    return code, printed.out, printed.err + message
 
 
 def test_there_are_commands():
-    assert COMMANDS[0] == "pip install -r requirements.txt && python train_joint.py" and len(COMMANDS) > 5
-    assert "`pip install -r requirements.txt && python -m pytest`" in README
-    assert "pip install -r requirements.txt && python -m pytest" in (ROOT / ".ci/run").read_text()
+    assert RUN[0] == f"{INSTALL}python train_joint.py" and len(RUN) > 5
+    assert f"`{INSTALL}python -m pytest`" in README
+    assert f"{INSTALL}python -m pytest" in (ROOT / ".ci/run").read_text()
+    assert DOWNLOADS in RUN and len(PAGES) >= 5 and len(PARSED) > 30
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")     # of running a module that another test has imported
-@pytest.mark.parametrize("command", COMMANDS)
+# Another test may have imported the module that is run here.
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
+@pytest.mark.parametrize("command", [line for line in RUN if line != DOWNLOADS])
 def test_command(folder, command, capsys, monkeypatch):
+    if command.startswith("diff "):                   # both files are there, and differ
+        done = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and not done.stderr
+        return
     monkeypatch.chdir(folder)
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    monkeypatch.setattr(data, "TOY_SIZES", {"train": 60, "val": 36, "test": 36})
-    if "--fill" in command:
-        monkeypatch.setattr(subprocess, "run", in_this_process)
+    monkeypatch.setattr(toy, "SIZES", {"train": 60, "val": 36, "test": 36})
     code, out, err = run(tiny(command), capsys)
-    if NO_DATA.search(command):                                             # nobody has these data here: one line says how to get them
-        assert code == 1 and err.startswith("error: ") and len(err.splitlines()) == 1 and "python -m prepare." in err, err
+    if NO_DATA.search(command):                       # one line says how to get them
+        assert code == 1 and err.startswith("error: ") and len(err.splitlines()) == 1, err
+        assert "python -m prepare." in err
         return
     assert code == 0, err
-    if command.endswith("python train_joint.py"):                           # the first thing a reader does: the README shows the same rows
-        shown = next(text for language, text in BLOCKS if not language and "test split" in text)
-        rows = lambda text: [re.split(r"\s{2,}", line)[0] for line in text.splitlines() if " +- " in line and "test split" not in line]
-        assert rows(out) == rows(shown) != []
+    if command == RUN[0]:                             # the first thing that a reader sees
+        shown = next(block for block in blocks(README, "") if "test split" in block)
+        assert form(out) == form(shown) and len(form(out)) > 10
+
+
+def form(printed):
+    """The lines of an output without their numbers."""
+    lines = []
+    for line in printed.splitlines():
+        numbers = r"\d[\d,.]*\d|\d"
+        line = re.sub(r"\s+", " ", re.sub(numbers, "0", line)).strip()
+        if line and not line.startswith("training did not improve"):
+            lines.append(line)
+    return lines
 
 
 def test_a_command_as_a_program(tmp_path):
-    done = subprocess.run([sys.executable, "train_joint.py", "--dataset", "crema_d", "--lora", "audio", "--data-root", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: no prepared data in ") and len(done.stderr.splitlines()) == 1 and not done.stdout
+    words = ["train_joint.py", "--dataset", "crema_d", "--data-root", str(tmp_path)]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: no prepared data in ")
+    assert len(done.stderr.splitlines()) == 1 and not done.stdout
+
+
+# ---- "Change one line and run again" ----
+
+def test_change_one_line_and_run_again(copied, root, tmp_path):
+    """The edit of the README, in a copy of the project; then the command prints what is quoted."""
+    before, after = [block for block in blocks(README, "python") if block.startswith("    ")]
+    project = tmp_path / "project"
+    shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(
+        ".*", "__pycache__", "tests", "docs", "data", "runs", "checkpoints"))
+    text = (project / "lora.py").read_text()
+    assert text.count(before) == 1
+    (project / "lora.py").write_text(text.replace(before, after))
+
+    started = process("train_joint.py", *SMALL, out=copied, root=root, project=project)
+    out, err = started.communicate(timeout=120)
+    assert started.returncode == 0, err
+    out = out.replace(str(copied), "runs")
+    shown = next(block for block in blocks(README, "") if "lora.py has changed: training" in block)
+    assert form(out)[:4] == form(shown)
+    row = next(block for block in blocks(README, "") if block.startswith("MMLoRA, rank 1"))
+    assert form(row)[0] in form(out)
+
+
+def test_on_other_data_the_command_refuses(copied, root):
+    """As quoted: a run of other code, on data that are no toy."""
+    config = json.loads((copied / MMLORA / "config.json").read_text())
+    config["fingerprint"]["code"]["lora.py"] = "of another lora.py"
+    (copied / MMLORA / "config.json").write_text(json.dumps(config))
+    args = SimpleNamespace(out=copied, dataset="toy", device="cpu", again=False)
+    name, info = Path(MMLORA).name, dict(config["data"])
+    del info["made_by"]
+    with pytest.raises(ValueError) as refused:
+        runs.Run(args, name, config["settings"], root / "toy-s0", info, ROOT / "train_joint.py")
+    shown = next(block for block in blocks(README, "") if block.startswith("error: "))
+    told = re.fullmatch(r"error: runs/\S+: (.*)\n", shown)[1]
+    assert str(refused.value).split(": ", 1)[1] == told
+
+
+# ---- Python ----
+
+SNIPPETS = [(page, block) for page, text in PAGES.items() for block in blocks(text, "python")
+            if not block.startswith("    ")]
+
+
+@pytest.mark.parametrize("page, code", SNIPPETS, ids=[page for page, _ in SNIPPETS])
+def test_python_runs(page, code, base, root, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").symlink_to(base.out)
+    (tmp_path / "data").symlink_to(root)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, page, "exec"), {})
+    numbers = [float(number) for number in re.findall(r"\d\.\d{3,}", capsys.readouterr().out)]
+    if page == "README.md":                           # the accuracy that training has printed
+        wanted = base.result["test"]["prob"]["accuracy"]
+    else:                                             # UME at temperature 1
+        wanted = base.result["ume"]["test"]["prob"]["accuracy"]
+    assert numbers[0] == pytest.approx(wanted, abs=6e-4)
+
+
+def test_there_are_snippets():
+    assert [page for page, _ in SNIPPETS] == ["README.md", "docs/toy.md"]
+
+
+# ---- Words, lines, files ----
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= 1800
 
 
 def test_the_table_of_equations_points_at_the_right_lines():
-    rows = re.findall(r"^\| (.*?) \| \[`([\w.]+):(\d+)`\]\(([\w.]+)#L(\d+)\) \| `(.*?)` \|$", README, re.M)
+    row = r"^\| (.*?) \| \[`([\w.]+):(\d+)`\]\(([\w.]+)#L(\d+)\) \| `(.*?)` \|$"
+    rows = re.findall(row, README, re.M)
     assert len(rows) >= 5
     for what, file, line, target, anchor, code in rows:
         lines = (ROOT / file).read_text().splitlines()
         at = [i for i, text in enumerate(lines, 1) if code in text]
-        assert (file, line) == (target, anchor) and int(line) in at, f"{what}: `{code}` is on lines {at} of {file}, not {line}"
+        assert (file, line) == (target, anchor)
+        assert int(line) in at, f"{what}: `{code}` is on lines {at} of {file}, not {line}"
 
 
 def test_every_file_is_in_the_map():
-    listed = set(re.findall(r"^\| `([\w.]+?)/?` \|", README, re.M))
-    there = {f.name for f in ROOT.glob("*.py")} | {f.name for f in ROOT.iterdir() if f.is_dir() and any(f.glob("*.py"))}
+    listed = set()
+    for cell in re.findall(r"^\| (`.*?`) \|", README, re.M):
+        listed |= {name.removesuffix("/") for name in re.findall(r"`([\w./]+)`", cell)}
+    there = {file.name for file in ROOT.glob("*.py")}
+    there |= {file.parent.name for file in ROOT.glob("[!.]*/*.py")}
     assert there <= listed, f"not in the README: {there - listed}"
+    methods = {file.stem for file in ROOT.glob("baselines/*.py")} - {"__init__", "parts"}
+    assert methods <= listed, f"not in the README: {methods - listed}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page):
+    prose = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.M | re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if not link.startswith("https://"):
+            file = (ROOT / page).parent / link.split("#")[0]
+            assert file.exists(), f"{page} links to {link}"

@@ -1,60 +1,86 @@
-"""Runs that are started again, were interrupted, or find another setting in their folder; and that the loop is a plain loop."""
+"""Runs that are started again, were interrupted, or find another setting in their folder; and that the
+loop is a plain loop."""
+import contextlib
+import io
 import itertools
 import json
+import math
 import os
 import random
+import re
 import shutil
+import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
-import checkpoints
 import data
-import paper
-import train_unimodal
 from encoders import UnimodalModel, build
-from running import MMLORA, SMALL, UNIMODAL, call, error, everything, log_of, process, result, tensors
-from train_unimodal import lr_factor, make_optimizer
+from harness import optim, runs
+from harness.optim import lr_factor, make_optimizer
+from paper import settings
+from running import (MMLORA, ROOT, SMALL, UNIMODAL, call, error, everything, log_of, process, result,
+                     table, tensors)
+
+
+def lines_of(printed, out):
+    """What was printed of the training itself, without the folder of the runs and the seconds."""
+    kept = []
+    for line in printed.replace(str(out), "OUT").splitlines():
+        kept.append(line[:-6] if " +- " in line else line)
+    return kept
 
 
 def test_the_same_seed_gives_the_same_runs(base, root, tmp_path):
-    """Step by step, as the README's three commands do it, in another folder: bit by bit what `train_joint.py` alone did."""
-    for modality in ("audio", "visual"):
-        assert f"{modality} alone" in call("train_unimodal.py", "--modality", modality, *UNIMODAL, out=tmp_path, root=root)
+    """Step by step, as the README's three commands do it, in another folder: bit by bit what
+    `train_joint.py` alone did."""
+    for m in ("audio", "visual"):
+        printed = call("train_unimodal.py", "--modality", m, *UNIMODAL, out=tmp_path, root=root)
+        assert f"{m} alone" in printed
     again = call("train_joint.py", *SMALL, out=tmp_path, root=root)
     assert everything(tmp_path) == everything(base.out)
-    cut = lambda printed: [line[:-9] for line in printed.splitlines()]     # without the seconds
-    assert cut(again) == cut(base.printed)
     before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.*")}
-    assert cut(call("train_joint.py", *SMALL, out=tmp_path, root=root)) == cut(again)     # finished already: only the table
+    third = call("train_joint.py", *SMALL, out=tmp_path, root=root)     # finished already
     assert {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.*")} == before
+    # The first three lines say what became of the three runs, the rest is the table.
+    whole = lines_of(base.printed, base.out)
+    assert lines_of(again, tmp_path)[2:] == whole[2:] and lines_of(third, tmp_path)[3:] == whole[3:]
+    for printed, done in ((again, 2), (third, 3)):
+        for line in printed.splitlines()[:done]:
+            assert re.search(r"-s0: trained on 20\d\d-\d\d-\d\d \d\d:\d\d, nothing to do$", line)
 
 
 class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("words", ["", "--tune full", "--no-umft"])
-def test_a_killed_run_goes_on_where_it_was(words, base, root, tmp_path, monkeypatch):
-    """Killed again and again, before, within and after the writing of an epoch: nothing is lost but the epoch that was under way."""
-    if words:
-        reference, out = (shutil.copytree(base.out, tmp_path / name) for name in ("whole", "killed"))
-        call("train_joint.py", *SMALL, *words.split(), out=reference, root=root)
-    else:
-        reference, out = base.out, tmp_path / "killed"
+@pytest.mark.parametrize("script", ["train_joint.py", "baselines.full_ume", "baselines.no_umft"])
+def test_a_killed_run_goes_on_where_it_was(script, base, root, tmp_path, monkeypatch):
+    """Killed again and again, before, within and after the writing of an epoch: nothing is lost but
+    the epoch that was under way."""
+    words = ["--batch-size", 16] if script == "baselines.no_umft" else SMALL
+    reference, out, often = base.out, tmp_path / "killed", 0.08
+    if script != "train_joint.py":
+        reference, out, often = tmp_path / "whole", tmp_path / "killed", 0.3
+        shutil.copytree(base.out, reference)
+        shutil.copytree(base.out, out)
+        words = [*words, "--epochs", 3]
+        call(script, *words, out=reference, root=root)
     old = set(out.glob("toy/*"))
-    chance, epochs, save, log, save_tensors = random.Random(1), [], checkpoints.Run.save, checkpoints.Run.log, checkpoints.Run.save_tensors
-    often = 0.3 if words else 0.08
+    chance, epochs = random.Random(1), []
+    save_last, log, save_tensors = runs.Run.save_last, runs.Run.log, runs.Run.save_tensors
 
-    def killed_save(self, *args):
+    def killed_save_last(self, *what):
         for moment in ("before", "after"):
             if chance.random() < often:
                 raise Killed
             if moment == "before":
-                save(self, *args)
+                save_last(self, *what)
 
     def killed_save_tensors(self, name, content):
         save_tensors(self, name, content)
@@ -68,134 +94,337 @@ def test_a_killed_run_goes_on_where_it_was(words, base, root, tmp_path, monkeypa
                 f.write(json.dumps(line)[:30])     # half a line
             raise Killed
         log(self, line)
-    for name, function in (("save", killed_save), ("log", killed_log), ("save_tensors", killed_save_tensors)):
-        monkeypatch.setattr(checkpoints.Run, name, function)
+
+    monkeypatch.setattr(runs.Run, "save_last", killed_save_last)
+    monkeypatch.setattr(runs.Run, "log", killed_log)
+    monkeypatch.setattr(runs.Run, "save_tensors", killed_save_tensors)
     for kills in itertools.count():
         try:
-            call("train_joint.py", *SMALL, *words.split(), out=out, root=root)
+            call(script, *words, out=out, root=root)
             break
         except Killed:
             pass
-    assert kills > (1 if words else 5)
+    assert kills > (5 if script == "train_joint.py" else 1)
     assert everything(out) == everything(reference)
     whole = sum(len(log_of(out, run)) for run in set(out.glob("toy/*")) - old)
-    assert len(epochs) <= whole + 2 * kills     # no epoch that was whole is done again; before the first one is, epoch 0 is
+    # No epoch that was whole is done again; before the first one is, epoch 0 is.
+    assert len(epochs) <= whole + 2 * kills
+
+
+VISUAL = "toy/unimodal-visual-s0"
+
+
+def stop(number, lines, out, root):
+    """Step 1 in a process of its own, stopped by a signal when the state of so many lines of the log
+    is saved; -> exit code, what it printed, its complaints."""
+    folder, words = out / VISUAL, ["--modality", "visual", *UNIMODAL]
+
+    def saved():
+        if not (folder / "last.safetensors").exists():
+            return 0
+        with safe_open(folder / "last.safetensors", "pt") as f:
+            return json.loads(f.metadata()["state"])["lines"]
+
+    child = process("train_unimodal.py", *words, out=out, root=root)
+    while child.poll() is None and saved() < lines:
+        time.sleep(0.005)
+    child.send_signal(number)
+    told = child.communicate()
+    assert not (folder / "result.json").exists() and len(log_of(out, VISUAL)) >= lines
+    return child.returncode, *told
+
+
+def goes_on(base, out, root):
+    """The same command, and the bits of a run that nobody stopped; -> what it printed."""
+    printed = call("train_unimodal.py", "--modality", "visual", *UNIMODAL, out=out, root=root)
+    stopped, whole = everything(out), everything(base.out)
+    assert stopped == {name: whole[name] for name in whole if name.startswith(VISUAL)} != {}
+    return printed
 
 
 def test_a_process_killed_at_any_moment(base, root, tmp_path):
-    log = tmp_path / "toy" / "unimodal-visual-s0" / "log.jsonl"
-    child = process("train_joint.py", *SMALL, out=tmp_path, root=root)
-    while child.poll() is None and not (log.exists() and log.read_text().count("\n") > 4):
-        time.sleep(0.005)
-    child.kill()
-    child.communicate()
-    assert child.returncode == -9 and not (log.parent / "result.json").exists()
-    call("train_joint.py", *SMALL, out=tmp_path, root=root)
-    assert everything(tmp_path) == everything(base.out)
+    code, _, complaint = stop(signal.SIGKILL, 4, tmp_path, root)
+    assert code == -9 and not complaint
+    goes_on(base, tmp_path, root)
 
 
-def test_files_are_replaced_whole_or_not_at_all(copied, monkeypatch):
-    """Killed before the new file has its name: the old one is still there, from the first byte to the last."""
-    run = checkpoints.Run(copied / MMLORA, json.loads((copied / MMLORA / "config.json").read_text())["settings"])
+def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(base, root, tmp_path):
+    code, printed, complaint = stop(signal.SIGINT, 4, tmp_path, root)
+    assert code == 130 and not printed
+    told = f"stopped after epoch (\\d+) of {tmp_path / VISUAL}; the same command goes on"
+    whole = re.fullmatch(told, complaint.strip())
+    assert whole, complaint
+    epoch = int(whole[1])
+    assert 3 <= epoch < 15
+    again = goes_on(base, tmp_path, root)
+    assert f"{tmp_path / VISUAL}: going on from epoch {epoch + 1}\n" in again
+
+
+# WAITS: Run.end_of_epoch adds to `history`, which how_far counts, before it saves the state.
+@pytest.mark.xfail(strict=True, reason="how_far counts an epoch whose state is not saved")
+def test_ctrl_c_while_an_epoch_is_saved(root, tmp_path, monkeypatch):
+    """What the line says is where the next start goes on."""
+    def interrupted(self, tensors, epoch):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        save_last(self, tensors, epoch)
+
+    save_last = runs.Run.save_last
+    monkeypatch.setattr(runs.Run, "save_last", interrupted)
+    errors = io.StringIO()
+    with pytest.raises(SystemExit), contextlib.redirect_stderr(errors):
+        call("baselines.no_umft", "--epochs", 3, out=tmp_path, root=root)
+    monkeypatch.undo()
+    epoch = int(re.search(r"stopped after epoch (\d+)", errors.getvalue())[1])
+    printed = call("baselines.no_umft", "--epochs", 3, out=tmp_path, root=root)
+    assert f"going on from epoch {epoch + 1}\n" in printed
+
+
+def test_ctrl_c_with_nothing_under_way(base, root, monkeypatch, capsys):
+    """Before training, and between two runs: no epoch is named."""
+    for current in (None, SimpleNamespace(finished=True)):
+        monkeypatch.setattr(runs, "current", current)
+        monkeypatch.setattr(data, "Split", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit) as exit:
+            call("baselines.no_umft", "--epochs", 9, out=base.out, root=root)
+        assert exit.value.code == 130
+        assert capsys.readouterr().err.strip() == "stopped; the same command goes on"
+
+
+def new_run(out, root, **changed):
+    """A run of step 1 on the toy, as its script opens it."""
+    args = SimpleNamespace(out=str(out), dataset="toy", device="cpu", again=False)
+    told = dict(dict(method="unimodal", modality="audio", dataset="toy", seed=0, epochs=4), **changed)
+    folder = root / "toy-s0"
+    info = json.loads((folder / "dataset.json").read_text())
+    return runs.Run(args, "some-run", told, folder, info, ROOT / "train_unimodal.py")
+
+
+def test_files_are_replaced_whole_or_not_at_all(base, root, copied, monkeypatch):
+    """Killed before the new file has its name: the old one is there, from the first to the last byte."""
+    run = new_run(copied, root)
+    models = nn.ModuleDict({"audio": nn.Linear(2, 2)})
+    run.resume(models, make_optimizer("adamw", models, 0.1, 0.1))
+    logits = {"audio": torch.randn(100, 12)}
+    run.end_of_epoch(0, logits, models.state_dict())
+    run.end_of_epoch(1, logits, models.state_dict())
+    runs.write_json(run.folder / "result.json", {"before": 1})
     before = everything(copied)
 
     def kill(*_):
         raise Killed
+
     monkeypatch.setattr(os, "replace", kill)
-    for write in (lambda: run.save_tensors("model.safetensors", {"x": torch.zeros(9)}), lambda: run.finish({"never": "mind"})):
+    zeros = {"x": torch.zeros(9)}
+    both = {"val": logits, "test": {"audio": torch.randn(120, 12)}}
+    for write in (lambda: run.save_tensors("model.safetensors", zeros),
+                  lambda: run.save_last(zeros, 2),
+                  lambda: run.finish(both, models),
+                  lambda: runs.write_json(run.folder / "result.json", {"never": "mind"}),
+                  lambda: runs.write_json(run.folder / "config.json", {"never": "mind"})):
         with pytest.raises(Killed):
             write()
         assert everything(copied) == before
 
 
 @pytest.mark.parametrize("name", ["adamw", "bertadam", "sgd"])
-def test_optimisers_survive_a_stop(name, tmp_path):
+def test_optimisers_survive_a_stop(name, root, tmp_path):
+    logits = {"audio": torch.zeros(100, 12)}
+
     def start():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, 3))
-        return model, make_optimizer(name, model, 0.05, 0.1, steps=10)
+        models = nn.ModuleDict({"audio": model})
+        return models, make_optimizer(name, models, 0.05, 0.1, steps=10)
 
-    def steps(model, optimizer, numbers):
+    def steps(models, optimizer, numbers):
         for n in numbers:
             optimizer.zero_grad()
-            model(torch.randn(6, 5, generator=torch.Generator().manual_seed(n))).square().sum().backward()
+            x = torch.randn(6, 5, generator=torch.Generator().manual_seed(n))
+            models["audio"](x).square().sum().backward()
             optimizer.step()
+
     whole, optimizer = start()
     steps(whole, optimizer, range(6))
-    model, optimizer = start()
-    steps(model, optimizer, range(3))
-    run = checkpoints.Run(tmp_path / "run", {})
-    assert run.resume(optimizer) == ({}, {})     # nothing to go on from
-    for epoch in range(2):
-        run.log(dict(epoch=epoch))
-    run.save(model.state_dict(), optimizer, dict(lines=1), best=True)
-    model, optimizer = start()
-    loaded, state = checkpoints.Run(tmp_path / "run", {}).resume(optimizer)
-    model.load_state_dict(loaded)
-    assert state == dict(lines=1) and log_of(tmp_path, "run") == [dict(epoch=0)]     # a line without its state is cut off
-    steps(model, optimizer, range(3, 6))
-    assert all(torch.equal(t, whole.state_dict()[k]) for k, t in model.state_dict().items())
+    models, optimizer = start()
+    run = new_run(tmp_path, root)
+    assert run.resume(models, optimizer) == 0     # nothing to go on from
+    run.end_of_epoch(0, logits, models.state_dict())
+    steps(models, optimizer, range(3))
+    run.end_of_epoch(1, logits, models.state_dict())
+    run.log(dict(epoch=2))     # a line without its state
+    models, optimizer = start()
+    again = new_run(tmp_path, root)
+    assert again.resume(models, optimizer) == 2
+    assert [line["epoch"] for line in log_of(tmp_path, run.folder)] == [0, 1]     # it is cut off
+    assert (again.best, again.best_epoch, again.history) == (run.best, run.best_epoch, run.history)
+    steps(models, optimizer, range(3, 6))
+    for key, t in models.state_dict().items():
+        assert torch.equal(t, whole.state_dict()[key])
 
 
-@pytest.mark.parametrize("words, named", [("--epochs 5", "epochs 4 (now 5)"), ("--batch-size 8", "batch_size 16 (now 8)"),
-                                          ("--precision bf16", "precision fp32 (now bf16)"),
-                                          ("--umft-epochs 21", "epochs 15 (now 21)"), ("--umft-lr 0.5", "(now 0.5)")])
+@pytest.mark.parametrize("words, named", [
+    ("--epochs 5", "epochs 4 (now 5)"), ("--batch-size 8", "batch_size 16 (now 8)"),
+    ("--precision bf16", "precision fp32 (now bf16)"), ("--umft-epochs 21", "epochs 15 (now 21)"),
+    ("--umft-lr 0.5", "(now 0.5)")])
 def test_a_folder_keeps_one_setting(words, named, base, root):
     before = everything(base.out)
     message = error("train_joint.py", *SMALL, *words.split(), out=base.out, root=root)
-    assert named in message and "--out" in message and str(base.out / "toy") in message
-    assert everything(base.out) == before
+    assert named in message and "--out" in message and "--again" in message
+    assert str(base.out / "toy") in message and everything(base.out) == before
+
+
+def test_again_trains_anew_what_has_changed(base, copied, root):
+    """And nothing else: step 1 is as it was. What has not changed is not trained again, either."""
+    words = [*SMALL, "--epochs", 2, "--again"]
+    printed = call("train_joint.py", *words, out=copied, root=root)
+    assert printed.count("nothing to do") == 2 and f"training {copied / MMLORA} anew" in printed
+    old, = copied.glob("toy/old/mmlora-all-r1-s0-*")
+    assert (old / "model.safetensors").read_bytes() == (base.run / "model.safetensors").read_bytes()
+    assert len(log_of(copied, MMLORA)) == 3 and str(old) in printed
+    for m in ("audio", "visual"):
+        name = f"toy/unimodal-{m}-s0/model.safetensors"
+        assert (copied / name).read_bytes() == (base.out / name).read_bytes()
+    printed = call("train_joint.py", *words, out=copied, root=root)
+    assert printed.count("nothing to do") == 3 and len(list(copied.glob("toy/old/*"))) == 1
+    call("train_joint.py", *SMALL, "--again", out=copied, root=root)     # twice in a second, perhaps
+    assert len(list(copied.glob("toy/old/*/result.json"))) == 2
+    for name in ("model.safetensors", "logits.safetensors"):
+        assert (copied / MMLORA / name).read_bytes() == (base.run / name).read_bytes()
 
 
 def test_settings_of_the_paper_file_count_too(base, root, monkeypatch):
-    """A student changes the weight decay in paper.py and runs again: the old result must not pass for the new one."""
-    monkeypatch.setitem(paper.SETTINGS, "toy", paper.SETTINGS["toy"] | dict(weight_decay=0.5))
+    """A student changes the weight decay in paper/settings.py and runs again: the old result must not
+    pass for the new one."""
+    changed = settings.SETTINGS["toy"] | dict(weight_decay=0.5)
+    monkeypatch.setitem(settings.SETTINGS, "toy", changed)
     assert "weight_decay" in error("train_joint.py", *SMALL, out=base.out, root=root)
 
 
 @pytest.mark.parametrize("modality, encoder", [("audio", "audio_vit_toy"), ("visual", "vit_toy")])
 def test_training_is_a_plain_loop_whatever_the_micro_batch(modality, encoder, root, tmp_path, monkeypatch):
-    """Eq. 1 with SGD (linear in the gradient) against a few lines of PyTorch; parts of a batch see the augmentation of the whole."""
-    last, save, setting = {}, checkpoints.Run.save, paper.settings_for("toy")
+    """Eq. 1 with SGD (linear in the gradient) against a few lines of PyTorch; parts of a batch see the
+    augmentation of the whole."""
+    last, save_last, recipe = {}, runs.Run.save_last, settings.settings_for("toy")
 
     def spy(self, stored, *rest):
         last.update({k: v.clone() for k, v in stored.items()})
-        save(self, stored, *rest)
+        save_last(self, stored, *rest)
+
     torch.manual_seed(0)
     model, split = UnimodalModel(build(encoder), 12), data.Split(root / "toy-s0", "train")
     for step in range(8):     # 200 samples are 64 + 64 + 64 + 8, twice
         if step % 4 == 0:
             generator = data.epoch_rng(0, 1 + step // 4)
             order = data.batches(200, 64, generator)
-        x = data.model_input(split, modality, order[step % 4], model.encoder, "cpu", setting, generator)
+        index = order[step % 4]
+        x = data.model_input(split, modality, index, model.encoder, "cpu", recipe, generator)
         model.zero_grad()
-        nn.functional.cross_entropy(model(x), split.labels[order[step % 4]]).backward()
+        nn.functional.cross_entropy(model(x), split.labels[index]).backward()
         for p in model.parameters():
             p.data -= 0.2 * lr_factor("cosine", step, 8, []) * p.grad
-    monkeypatch.setattr(checkpoints.Run, "save", spy)
-    monkeypatch.setattr(train_unimodal, "make_optimizer", lambda name, models, *_: torch.optim.SGD(models.parameters(), lr=1e9))
-    for size in ("64", "24", "7"):
-        words = f"--modality {modality} --epochs 2 --lr 0.2 --micro-batch {size} --out {tmp_path / size} --data-root {root}"
-        monkeypatch.setattr(sys, "argv", ["train_unimodal.py", *words.split()])
-        train_unimodal.main()
+
+    def sgd(name, models, *_):
+        return torch.optim.SGD(models.parameters(), lr=1e9)
+
+    monkeypatch.setattr(runs.Run, "save_last", spy)
+    monkeypatch.setattr(optim, "make_optimizer", sgd)
+    for size in (64, 24, 7):
+        words = f"--modality {modality} --epochs 2 --lr 0.2 --micro-batch {size}"
+        last.clear()
+        call("train_unimodal.py", *words.split(), out=tmp_path / str(size), root=root)
         for name, p in model.named_parameters():
             torch.testing.assert_close(last[f"{modality}.{name}"], p.data, rtol=0, atol=2e-6)
 
 
-def test_the_best_epoch_is_the_first_of_equal_ones_and_may_be_epoch_0(base, copied, root):
+@pytest.mark.parametrize("script, run", [("train_joint.py", MMLORA), ("baselines.full_ume", "toy/full-s0"),
+                                         ("baselines.separate", "toy/separate-all-r1-s0")])
+def test_the_best_epoch_is_the_first_of_equal_ones_and_may_be_epoch_0(script, run, base, copied, root):
+    name = run.removesuffix("-s0")
     for lr in ("1e-30", "2"):     # nothing changes; everything breaks
-        call("train_joint.py", *SMALL, "--lr", lr, out=copied, root=root)
-        run = f"toy/mmlora-all-r1-lr{lr}-s0"
+        printed = call(script, *SMALL, "--lr", lr, out=copied, root=root)
+        run = f"{name}-lr{lr}-s0"
         done = result(copied, run)
         assert done["best_epoch"] == 0 and done["test"] == done["ume"]["test"]
-        assert not any(t.any() for name, t in tensors(copied, run).items() if name.endswith("lora_B"))     # that epoch's weights
-    assert log_of(copied, run)[-1]["val"]["prob"]["accuracy"] < log_of(copied, run)[0]["val"]["prob"]["accuracy"]     # it did break
+        told = "training did not improve on UME (epoch 0 was the best): seed 0"
+        assert told in printed.splitlines()     # or an edit that spoils all would look like none
+        rows = table(printed)
+        assert list(rows.values())[-1][:4] == rows["UME, probabilities averaged"][:4]
+        stored = tensors(copied, run)     # the weights of that epoch
+        assert not any(t.any() for key, t in stored.items() if key.endswith("lora_B"))
+        if script == "baselines.full_ume":
+            before = tensors(base.out, "toy/unimodal-audio-s0")
+            assert all(torch.equal(stored[key], before[key]) for key in before)
+    log = log_of(copied, run)     # it did break
+    assert log[-1]["val"]["prob"]["accuracy"] < log[0]["val"]["prob"]["accuracy"]
+    assert "did not improve" not in base.printed
 
 
 def test_unimodal_runs_serve_any_joint_run(base, copied, root):
     """Whatever they were trained with: only what is asked for on the command line has to agree."""
     before = {f: f.stat().st_mtime_ns for f in copied.glob("toy/unimodal-*/*")}
-    call("train_joint.py", "--rank", 2, "--epochs", 1, "--batch-size", 40, out=copied, root=root)
-    call("train_joint.py", *"--rank 3 --epochs 1 --umft-epochs 15 --umft-lr 2e-3 --pretrained none".split(), out=copied, root=root)
+    words = "--rank 2 --epochs 1 --batch-size 40".split()
+    call("train_joint.py", *words, out=copied, root=root)
+    words = "--rank 3 --epochs 1 --umft-epochs 15 --umft-lr 2e-3 --pretrained none".split()
+    call("train_joint.py", *words, out=copied, root=root)
     assert {f: f.stat().st_mtime_ns for f in copied.glob("toy/unimodal-*/*")} == before
-    assert "epochs 15 (now 7)" in error("train_joint.py", "--rank", 4, "--epochs", 1, "--umft-epochs", 7, out=copied, root=root)
+    words = "--rank 4 --epochs 1 --umft-epochs 7".split()
+    assert "epochs 15 (now 7)" in error("train_joint.py", *words, out=copied, root=root)
+
+
+# ---- `break`, in a copy of the script ----
+
+BREAKS = {     # where it stands, and the epochs and steps of a run of 3 epochs, 4 batches each
+    "before the first batch": ("            optim.set_lr(", "            break\n", [0, 0, 0]),
+    "after the first batch": ("        run.end_of_epoch(epoch,", "            break\n", [1, 1, 1]),
+    "in the middle": ("        run.end_of_epoch(epoch,",
+                      "            if epoch == 2 and step == 6:\n                break\n", [4, 2, 4]),
+    "out of both loops": ("        run.end_of_epoch(epoch,",
+                          "            if step == 6:\n                break\n"
+                          "        if epoch == 2:\n            break\n", [4]),
+    "out of both loops in epoch 1": ("        run.end_of_epoch(epoch,",
+                                     "            break\n        break\n", []),
+}
+
+
+@pytest.mark.parametrize("where", BREAKS)
+def test_break_ends_in_a_finished_run(where, base, copied, root, tmp_path, monkeypatch):
+    """`if step == 6: break` is what one types to try something: the run it leaves is whole."""
+    line, added, steps = BREAKS[where]
+    text = (ROOT / "train_joint.py").read_text()
+    assert text.count(line) == 1
+    script = tmp_path / "train_joint.py"
+    script.write_text(text.replace(line, added + line))
+    seen, count = [], runs.Run.count
+
+    def watched(self, loss, logits, y):
+        seen.append(loss.item())
+        count(self, loss, logits, y)
+
+    monkeypatch.setattr(runs.Run, "count", watched)
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    words = "--epochs 3 --batch-size 64 --rank 2".split()
+    printed = call(str(script), *words, out=copied, root=root)
+    run = "toy/mmlora-all-r2-s0"
+    done, log = result(copied, run), log_of(copied, run)
+    assert [line["epoch"] for line in log] == list(range(len(steps) + 1))
+    begin = 0
+    for line, number in zip(log[1:], steps):
+        losses = seen[begin:begin + number]
+        begin += number
+        assert math.isfinite(line["seconds"]) and line["seconds"] >= 0
+        if not number:
+            assert line["loss"] is None and "train" not in line
+        elif number < 4:     # whole batches of 64
+            assert line["loss"] == pytest.approx(sum(losses) / number, rel=1e-5)
+            assert 0 <= line["train"] <= 1 and line["samples_per_second"] > 0
+    assert done["best_epoch"] <= len(steps) and not (copied / run / "last.safetensors").exists()
+    chosen = log[done["best_epoch"]]["val"]["prob"]
+    assert done["val"]["prob"]["accuracy"] == chosen["accuracy"]
+    assert ("did not improve" in printed) == (done["best_epoch"] == 0)
+    assert list(table(printed))[-1] == "MMLoRA, rank 2, audio+visual"
+    if sum(steps) == 0:
+        assert not seen or not steps
+        assert done["best_epoch"] == 0 and done["test"] == done["ume"]["test"]
+    again = call(str(script), *words, out=copied, root=root)     # a finished run, as any other
+    assert f"{copied / run}: trained on" in again and log_of(copied, run) == log
