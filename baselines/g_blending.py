@@ -29,7 +29,7 @@ Where we differ from the authors' code, and why:
     can be subtracted although the sets differ in size.
  5. A copy has the learning rates of the epochs that it looks ahead to, and a fresh AdamW. A
     super-epoch is 10 epochs, as in BalanceBenchmark. With two modalities, the copies make training
-    about three times as long; the seconds of the log and of tables leave them out.
+    about three times as long; the seconds of the log and of tables count them.
 """
 import copy
 import math

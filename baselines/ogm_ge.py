@@ -67,8 +67,8 @@ def modulate(encoder, k, noise: bool, conv_only: bool) -> None:
     The noise comes from the device's generator, which every epoch seeds anew. A row without
     gradient gets none: it belongs to a word that is not in the batch, and AdamW would move it.
     """
-    for name, p in encoder.named_parameters():
-        wanted = name.endswith("weight") and p.ndim > 1       # not biases, norms, class tokens
+    for p in encoder.parameters():
+        wanted = p.ndim > 1
         if conv_only:
             wanted = p.ndim == 4
         if p.grad is None or not wanted:

@@ -106,6 +106,7 @@ def positive(kind):
         if not 0 < value < math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not above zero")
         return value
+    number.__name__ = kind.__name__                       # argparse: "invalid int value"
     return number
 
 
@@ -141,7 +142,7 @@ def how_far() -> str:
     run = runs.current
     if run is None or run.finished:
         return "stopped; the same command goes on"
-    return f"stopped after epoch {len(run.history)} of {run.folder}; the same command goes on"
+    return f"stopped after epoch {run.saved} of {run.folder}; the same command goes on"
 
 
 def train_all(p: argparse.ArgumentParser, train) -> None:
@@ -149,6 +150,9 @@ def train_all(p: argparse.ArgumentParser, train) -> None:
     args.default_of = p.get_default                       # for the names of run folders
     prepare_torch(args.dataset)
     seeds = args.seeds or [args.seed]
+    if "modality" in args and len(args.lr or ()) > 1:
+        raise ValueError("--lr: step 1 has one learning rate, since joint scripts look for one"
+                         " uni-modal run a seed; try others with another --out")
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds {' '.join(map(str, seeds))}: each seed once")
     tried = {}
@@ -226,6 +230,7 @@ def find_toy(folder: Path, name: str, seed: int) -> Path:
     else:
         print(f"making {folder} (some seconds)", flush=True)
     old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():                                   # toy.make never overwrites
         os.replace(folder, old)
     toy.make(folder, name, seed, made_by)
@@ -317,6 +322,8 @@ def unimodal_settings(args, modality: str, seed: int, info: dict) -> dict:
         for key, value in before.items():
             if key not in fixed and asked.get(key) is None:
                 settings[key] = value
+        if "micro_batch" not in before:                   # it only saves memory
+            settings.pop("micro_batch", None)
     return settings
 
 

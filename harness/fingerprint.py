@@ -89,10 +89,16 @@ def imports(path: Path) -> list[Path]:
     for node in ast.walk(tree_of(path) or ast.Module([], [])):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
-        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names += [node.module]
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
-    files = [PROJECT / f"{name.replace('.', '/')}.py" for name in names]
+        if isinstance(node, ast.ImportFrom):
+            base = [node.module] if node.module else []
+            if node.level > 0:                            # from . import x
+                base = [path.parent.name, *base]
+            base = ".".join(base)
+            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    files = []
+    for name in names:
+        place = PROJECT / name.replace(".", "/")
+        files += [place.with_suffix(".py"), place / "__init__.py"]
     return [file for file in files if file in SOURCES]
 
 

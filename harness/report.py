@@ -3,7 +3,7 @@ import json
 import math
 from pathlib import Path
 
-from harness import metrics, runs
+from harness import fingerprint, metrics, runs
 from paper.settings import SETTINGS
 
 NAMES = {"unimodal": "alone", "mmlora": "MMLoRA", "full": "Fully fine-tuned UME",
@@ -109,6 +109,8 @@ def mmlora_beside(group: list) -> list[list]:
         folders = [run.folder.with_name(f"{name}-s{run.settings['seed']}") for run in group]
         if not all((folder / "result.json").exists() for folder in folders):
             continue
+        if any(fingerprint.changed(folder) for folder in folders):
+            continue                                      # made by other code: not to be compared
         same = [runs.Run.open(folder) for folder in folders]
         if all(a.settings["unimodal"] == b.settings["unimodal"] for a, b in zip(same, group)):
             found.setdefault(name.split("-lr")[0], []).append(same)

@@ -147,7 +147,8 @@ class Run:
         self.begin()
         reset_peak_memory(self.device)
         file, log = self.folder / "last.safetensors", self.folder / "log.jsonl"
-        self.best, self.best_epoch, self.seconds = None, 0, 0.0
+        self.best, self.best_epoch, self.seconds, self.saved = None, 0, 0.0, 0
+        self.start_counting()
         if not file.exists():
             log.unlink(missing_ok=True)
             return 0
@@ -165,18 +166,20 @@ class Run:
         models.load_state_dict(tensors, strict=False)
         self.best, self.best_epoch = state["best"], state["best_epoch"]
         self.history, self.seconds = state["history"], state["seconds"]
+        self.saved = state["lines"] - 1
         print(f"{self.folder}: going on from epoch {state['lines']}", flush=True)
         return state["lines"]
 
     # ---- One epoch ----
 
     def start_counting(self) -> None:
-        self.seen, self.total, self.notes = 0, torch.zeros(2, device=self.device), {}
         self.began, self.training_seconds = time.time(), 0.0
+        self.seen, self.total, self.notes = 0, torch.zeros(2, device=self.device), {}
 
     def progress(self, batches: list, epoch: int):
         """The batches of one epoch, with a line on the screen. `break` may leave the loop."""
-        self.start_counting()
+        began = time.time()
+        self.seen, self.total, self.notes = 0, torch.zeros(2, device=self.device), {}
         if self.bar is None:
             done = (epoch - 1) * len(batches)
             self.bar = tqdm(total=self.settings["epochs"] * len(batches), initial=done,
@@ -192,7 +195,7 @@ class Run:
         finally:
             # Reading a number off a GPU waits for it: what was queued belongs to training.
             self.total = self.total.cpu()
-            self.training_seconds = time.time() - self.began
+            self.training_seconds = time.time() - began
 
     def count(self, loss: torch.Tensor, logits: dict, y: torch.Tensor) -> None:
         """For the log: the loss and the logits, name -> (B, C), of one part of a batch."""
@@ -230,6 +233,7 @@ class Run:
         if epoch > 0:
             self.history.append(key[0])
             self.save_last(tensors, epoch)
+            self.saved = epoch
         self.start_counting()
 
     def counted(self, epoch: int) -> dict:

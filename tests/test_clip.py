@@ -102,9 +102,9 @@ def test_a_clip_is_predicted_as_the_sample_of_the_data_set_was(birds, monkeypatc
     for i, row in enumerate(r for r in rows if r["split"] == "test"):
         printed = show("--run", run, "--clip", f"visual={row['visual']}", f"audio={row['audio']}",
                        "--text", row["text"], "--tokenizer", "vocab.txt")
-        shown = columns(printed, ["visual alone", "audio alone", "text alone", "UME", "MMLoRA"])
+        shown = columns(printed, [f"{m} alone (UMFT)" for m in stored] + ["UME", "MMLoRA"])
         for m in stored:
-            assert shown[f"{m} alone"] == likeliest(of(stored[m][i]), classes)    # UMFT
+            assert shown[f"{m} alone (UMFT)"] == likeliest(of(stored[m][i]), classes)
         ume = sum(of(z[i]) for z in stored.values()) / 3
         assert shown["UME"] == likeliest(ume, classes)
         mmlora = sum(of(joint[f"test.{m}"][i]) for m in stored) / 3
@@ -117,10 +117,10 @@ def test_what_is_not_given_is_left_out(birds, monkeypatch):
     monkeypatch.chdir(folder)
     printed = show("--run", run, "--clip", "audio=13.wav", "visual=13")
     assert "; no text" in printed
-    shown = columns(printed, ["visual alone", "audio alone", "UME", "MMLoRA"])
+    shown = columns(printed, ["visual alone (UMFT)", "audio alone (UMFT)", "UME", "MMLoRA"])
     top = {name: dict(cells) for name, cells in shown.items()}
     for c in classes:
-        mean = (top["visual alone"][c] + top["audio alone"][c]) / 2
+        mean = (top["visual alone (UMFT)"][c] + top["audio alone (UMFT)"][c]) / 2
         assert top["UME"][c] == pytest.approx(mean, abs=0.11)
     text = next(folder.glob("runs/birds/unimodal-text-*"))
     columns(show("--run", text, "--text", "a bird", "--tokenizer", "vocab.txt"), ["text alone"])
@@ -133,7 +133,7 @@ def test_one_video_serves_picture_and_sound(birds, monkeypatch):
     command = "ffmpeg -v error -y -framerate 2 -i 14/%d.png -i 14.wav talk.avi"
     subprocess.run(command.split(), check=True)
     printed = show("--run", run, "--clip", "talk.avi")
-    columns(printed, ["visual alone", "audio alone", "UME", "MMLoRA"])
+    columns(printed, ["visual alone (UMFT)", "audio alone (UMFT)", "UME", "MMLoRA"])
 
 
 @pytest.mark.parametrize("words, told", [

