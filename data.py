@@ -8,6 +8,7 @@ A prepared data set is a folder of plain arrays. A script in `prepare/` makes it
     {train,val,test}/<modality>.npy
         frames, image   uint8    (N, F, 3, 256, 256)         flow   uint8  (N, S, 2L, 256, 256)
         audio           float16  (N, clips, 128, 204)        text   int32  (N, L), 0 = padding
+    {train,val,test}/groups.npy     int64 (N,), only where samples are of different kinds (the toy)
 
 The operating system reads only the pages that a batch touches, so no worker processes are needed.
 Pictures stay uint8 until they are on the device: that is a quarter of the bytes to move. There they
@@ -38,6 +39,7 @@ class Split:
     def __init__(self, folder: Path, name: str):
         info = json.loads((folder / "dataset.json").read_text())
         self.kinds = info["modalities"]
+        self.groups = groups_of(folder / name, info)
         self.labels = torch.from_numpy(np.load(folder / name / "labels.npy"))
         keys = list(self.kinds)
         texts = [m for m, kind in self.kinds.items() if kind == "text"]
@@ -53,16 +55,32 @@ class Split:
             self.arrays[key] = array
 
     @classmethod
-    def of_one(cls, kinds: dict, row: dict) -> "Split":
-        """A split of one sample that was never stored, of unknown label. row: modality -> array."""
+    def of(cls, kinds: dict, arrays: dict, labels: torch.Tensor) -> "Split":
+        """A split that was never stored. kinds, arrays: modality -> kind, array (N, ...)."""
         split = cls.__new__(cls)
-        split.kinds = kinds
-        split.labels = torch.zeros(1, dtype=torch.int64)
-        split.arrays = {m: array[None] for m, array in row.items()}
+        split.kinds, split.arrays, split.labels, split.groups = kinds, arrays, labels, {}
         return split
 
     def __len__(self):
         return len(self.labels)
+
+
+def groups_of(folder: Path, info: dict) -> dict[str, torch.Tensor]:
+    """Group -> (N,) bool, which samples belong to it. Most data sets have no groups.
+
+    dataset.json has "groups", name -> classes; or "sample_groups", the names of what groups.npy
+    counts.
+    """
+    groups = {}
+    if info.get("groups"):
+        labels = torch.from_numpy(np.load(folder / "labels.npy"))
+        for name, classes in info["groups"].items():
+            groups[name] = torch.isin(labels, torch.tensor(classes))
+    elif info.get("sample_groups"):
+        number = torch.from_numpy(np.load(folder / "groups.npy"))
+        for i, name in enumerate(info["sample_groups"]):
+            groups[name] = number == i
+    return groups
 
 
 # ---- Batches ----

@@ -510,10 +510,15 @@ BUILD = {     # name: (class, sizes)
     "deberta_large": (DeBERTa, dict(vocab_size=50265, **LARGE, mlp_width=4096, max_length=512)),
     "resnet18": (ResNet, dict(blocks=(2, 2, 2, 2), bottleneck=False)),
     "resnet152": (ResNet, dict(blocks=(3, 8, 36, 3), bottleneck=True)),
-    # The two towers of the toy: images of 32 x 32 pixels, spectrograms of 32 mel bins x 64 frames.
-    "vit_toy": (ViT, dict(image_size=32, patch_size=8, width=32, depth=2, heads=4, mlp_ratio=2)),
+    # The towers of the toys: images of 32 x 32 pixels, spectrograms of 32 mel bins x 64 frames.
+    # Pre-trained weights of these two lie in this project (PUBLIC in pretrained/checkpoints.py).
+    "vit_toy": (ViT, dict(image_size=32, patch_size=8, width=48, depth=3, heads=4, mlp_ratio=2)),
     "audio_vit_toy": (AudioViT, dict(mel=(32, 64), patch_size=(32, 4), stride=(32, 4),
-                                     width=32, depth=2, heads=4, mlp_ratio=2)),
+                                     width=48, depth=3, heads=4, mlp_ratio=2)),
+    # Smaller ones, for toy_mimics, start from random weights.
+    "vit_mini": (ViT, dict(image_size=32, patch_size=8, width=32, depth=2, heads=4, mlp_ratio=2)),
+    "audio_vit_mini": (AudioViT, dict(mel=(32, 64), patch_size=(32, 4), stride=(32, 4),
+                                      width=32, depth=2, heads=4, mlp_ratio=2)),
     # Small enough to train from scratch on a laptop.
     "vit_small": (ViT, dict(image_size=96, patch_size=12, width=128, depth=4, heads=4)),
     "audio_vit_small": (AudioViT, dict(stride=16, width=128, depth=4, heads=4)),

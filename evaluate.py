@@ -69,14 +69,14 @@ def score_rows(args, folder: Path, where: Path, info: dict, settings: dict, mode
         shown = {m: z for m, z in of_all.items() if args.missing or m in kept}
         for m, z in shown.items():
             label = f"{m} alone (UMFT)" if name == "UME" else f"{m} alone"
-            rows.append((label, metrics.scores({m: z}, test.labels, info)))
+            rows.append((label, metrics.scores({m: z}, test.labels, info, groups=test.groups)))
         if len(shown) > 1:
-            score = metrics.scores(shown, test.labels, info, fusion)
+            score = metrics.scores(shown, test.labels, info, fusion, test.groups)
             rows.append((f"{name}, fusion {fusion}", score))
         for share in args.missing:
             p = metrics.fuse_missing(shown, args.drop, share, fusion, info["multilabel"])
             label = f"{name}, {100 * share:g} % lack {' and '.join(args.drop)}"
-            rows.append((label, metrics.rates(p, test.labels, info)))
+            rows.append((label, metrics.rates(p, test.labels, info, test.groups)))
     dropped = f", without {', '.join(args.drop)}" if args.drop and not args.missing else ""
     print(f"\n{folder}{dropped}", end="")
     return [(label, [(score, None)]) for label, score in rows]
@@ -93,7 +93,9 @@ def probe_rows(args, folder: Path, where: Path, info: dict, settings: dict, mode
         if args.modality in (None, m):
             found[m] = linear.probe(models[m], m, where, info, args.device, settings)
     file = folder / "probe.json"
-    before = runs.read_json(file) if file.exists() else {}
+    before = {}
+    if file.exists() and not fingerprint.changed(folder):     # not beside probes of other code
+        before = runs.read_json(file)
     runs.write_json(file, {**before, **found})
     print(f"\n{folder}: linear evaluation of the frozen encoders. Validation chose L2", end="")
     for m, result in found.items():
@@ -169,7 +171,8 @@ def read_clip(args, source: dict, info: dict, models) -> data.Split:
             rest = [f"{n}={source[n]}" for n in source if n != m and kinds[n] != "text"]
             hint = f"; without {m}: --clip {' '.join(rest)}" if rest else ""
             raise ValueError(f"{m}: {error}{hint}") from None
-    return data.Split.of_one(kinds, row)
+    one = {m: array[None] for m, array in row.items()}
+    return data.Split.of(kinds, one, torch.zeros(1, dtype=torch.int64))
 
 
 def tokenizer_of(args, info: dict, encoder):
@@ -271,11 +274,12 @@ def public_file(folder: Path, settings: dict, modality: str, name: str, encoder)
     start = runs.started_from(folder, settings, modality)
     like = name                                           # from scratch: like one of its kind
     if name not in checkpoints.PUBLIC:
-        like = next(n for n in checkpoints.PUBLIC if n in BUILD and BUILD[n][0] is type(encoder))
+        kin = [n for n in checkpoints.PUBLIC if n in BUILD and BUILD[n][0] is type(encoder)]
+        like = next(n for n in kin if not n.endswith("_toy"))
     file = checkpoints.PUBLIC[like].url.rsplit("/", 1)[1]
     if start in (None, "none"):
         return file, None, "no public file behind it"
-    source = Path("checkpoints", name, file) if start == name else Path(start)
+    source = checkpoints.place(name) if start == name else Path(start)
     file = source.name
     if source.suffix not in (".safetensors", ".bin", ".pth"):
         file = source.stem + ".pth"

@@ -10,8 +10,8 @@ Where we differ from the paper, and why:
  1. Frozen features are constants up to augmentation. We leave augmentation out and compute them
     once: an epoch takes milliseconds.
  2. The learning rate is 1e-3, since it can't spoil any pre-trained weight: paper silent.
- 3. The linear layer trains as long as step 1, on top of step 1. On the toys that is 80 + 80 epochs.
-    MMLoRA has 80 + 15 there, and the joint baselines have 80.
+ 3. The linear layer trains as long as step 1, on top of step 1: on the toy 40 + 40 epochs.
+    MMLoRA has 40 + 15 there, and the joint baselines have 40.
 """
 import math
 

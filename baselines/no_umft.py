@@ -1,11 +1,10 @@
 """MMLoRA without step 1: LoRA straight on the pre-trained encoders (App. C, Table 13).
 
     python -m baselines.no_umft --dataset ave
-    python -m baselines.no_umft --epochs 95                   # the toy, as long as MMLoRA in all
     diff train_joint.py baselines/no_umft.py                  # one idea
 
-The heads are new, so they are trained along with A and B (ours: the paper does not say). It has the
-epochs of step 3 alone: 15 on the toy. MMLoRA has those of step 1 before them: 80 + 15.
+The heads are new, so they are trained along with A and B. It trains as long as MMLoRA does in all:
+the epochs of step 1 and of step 3 (both ours: the paper does not say).
 """
 import math
 

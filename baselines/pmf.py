@@ -32,10 +32,10 @@ Where we differ from the authors' code, and why:
  5. Each of several views of a sample is a sequence of its own with the same prompts. q_m is
     averaged over them.
  6. Frozen towers stay in eval mode, without dropout.
- 7. --umft is ours. Without public weights (the toy) a frozen tower is a random one, and the prompts
+ 7. --umft is ours. Without public weights (toy_mimics) a frozen tower is random, and the prompts
     have little to work with.
- 8. --umft has step 1 and then a second run as long as step 1: on the toys 80 + 80 epochs. MMLoRA
-    has 80 + 15 there.
+ 8. --umft has step 1 and then a second run as long as step 1: on the toy 40 + 40 epochs. MMLoRA
+    has 40 + 15 there.
 """
 import math
 

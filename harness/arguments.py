@@ -219,14 +219,15 @@ def find(root: str, name: str, seed: int = 0) -> Path:
 def find_toy(folder: Path, name: str, seed: int) -> Path:
     """The generated world; made anew where the code that makes it has changed."""
     made_by = {}
-    for file in ("prepare/toy.py", "data.py"):
+    for file in ("prepare/toy.py", "prepare/creatures.py", "data.py"):
         made_by[file] = fingerprint.hash_of_code(fingerprint.PROJECT / file)
     if (folder / "dataset.json").exists():
         before = runs.read_json(folder / "dataset.json").get("made_by") or {}
         changed = [file for file in made_by if before.get(file) != made_by[file]]
         if not changed:
             return folder
-        print(f"{fingerprint.sentence(changed)}: making {folder} anew", flush=True)
+        why = fingerprint.sentence(changed) if before else "nobody wrote down which code made it"
+        print(f"{why}: making {folder} anew", flush=True)
     else:
         print(f"making {folder} (some seconds)", flush=True)
     old = folder.with_name(f".{folder.name}.old")
@@ -339,15 +340,18 @@ def joint_settings(args, seed: int, info: dict, method: str, unimodal: dict | No
                    fusion: str = "joint", options=()) -> dict:
     """Of a run with all modalities.
 
-    tune: "lora" and "full" train as long as the paper's step 3, "joint" as long as step 1, so that
-    every compared method has the budget of uni-modal training. lr: the method's own default.
-    options: names of the method's own arguments.
+    tune: "lora" and "full" train as long as the paper's step 3, or, without uni-modal runs to
+    start from, as long as steps 1 and 3; "joint" as long as step 1, so that every compared method
+    has the budget of uni-modal training. lr: the method's own default. options: names of the
+    method's own arguments.
     """
     if len(info["modalities"]) < 2:
         raise ValueError(f"{args.dataset} has only {', '.join(info['modalities'])}: {method} needs"
                          " two modalities or more")
     setting, encoders = paper.settings_for(args.dataset), encoders_of(args, info)
     epochs = setting["umft_epochs"] if tune == "joint" else setting["epochs"]
+    if tune == "lora" and not unimodal:
+        epochs += setting["umft_epochs"]
     lr = lr or paper.joint_lr(args.dataset, encoders, tune)
     args.default_lr = lr                                  # another one is named in the folder
     settings = dict(method=method, encoders=encoders, fusion=fusion, lr=args.lr or lr,

@@ -115,8 +115,9 @@ def of_data(folder: Path) -> str:
     one (arrays made by hand) it reads 64 blocks of 1 MiB, evenly spaced.
     """
     info = json.loads((folder / "dataset.json").read_text())
-    told = {key: info.get(key) for key in ("classes", "multilabel", "modalities", "groups",
-                                           "tokenizer", "other_tokenizers")}
+    keys = ("classes", "multilabel", "modalities", "groups", "sample_groups", "tokenizer",
+            "other_tokenizers")
+    told = {key: info.get(key) for key in keys}
     total = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     for file in sorted([*folder.glob("*/*.npy"), *folder.glob("*/ids.txt")]):
         name = file.relative_to(folder).as_posix()

@@ -75,7 +75,8 @@ def probe(model, modality: str, where: Path, info: dict, device: str, settings: 
 
     @torch.no_grad()
     def score(layer, name):
-        return metrics.scores({modality: layer(x[name]).cpu()}, splits[name].labels, info)
+        logits, split = {modality: layer(x[name]).cpu()}, splits[name]
+        return metrics.scores(logits, split.labels, info, groups=split.groups)
 
     layer, tried = None, []
     y = splits["train"].labels.to(solver)

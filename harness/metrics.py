@@ -147,36 +147,39 @@ def f1(predicted: torch.Tensor, true: torch.Tensor) -> tuple[float, float]:
     return float(micro), float(macro)
 
 
-def rates(p: torch.Tensor, labels: torch.Tensor, info: dict) -> dict:
-    """Of probabilities (N, C): `accuracy`, and `groups` where dataset.json names groups of classes;
+def rates(p: torch.Tensor, labels: torch.Tensor, info: dict, groups: dict | None = None) -> dict:
+    """Of probabilities (N, C): `accuracy`, and that of each of the `groups`, name -> (N,) bool;
     or `f1_micro` and `f1_macro` at threshold 0.5."""
     if info["multilabel"]:
         return dict(zip(("f1_micro", "f1_macro"), f1(p > 0.5, labels.bool())))
     right = p.argmax(-1) == labels
     out = dict(accuracy=float(right.float().mean()))
-    if info.get("groups"):
+    if groups:
         out["groups"] = {}
-        for group, classes in info["groups"].items():
-            members = torch.isin(labels, torch.tensor(classes))
-            out["groups"][group] = float(right[members].float().mean())
+        for group, members in groups.items():
+            if members.any():
+                out["groups"][group] = float(right[members].float().mean())
     return out
 
 
-def scores(logits: dict[str, torch.Tensor], labels: torch.Tensor, info: dict, rule="prob") -> dict:
+def scores(logits: dict[str, torch.Tensor], labels: torch.Tensor, info: dict, rule="prob",
+           groups: dict | None = None) -> dict:
     """All numbers of one prediction: its `rates`, and `loss`, -log of the fused probability."""
     p = fuse(logits, rule, info["multilabel"])
     if rule == "logits":
         logits = average_logits(logits)
-    return dict(rates(p, labels, info), loss=float(fused_loss(logits, labels)))
+    return dict(rates(p, labels, info, groups), loss=float(fused_loss(logits, labels)))
 
 
-def all_scores(logits: dict, labels: torch.Tensor, info: dict) -> dict:
+def all_scores(logits: dict, labels: torch.Tensor, info: dict, groups: dict | None = None) -> dict:
     """Each entry of `logits` alone; of several modalities also their fusions, "prob" and "logits".
 
     A method with a head of its own has "joint" among its logits; that is its fusion.
     """
-    out = {name: scores({name: z}, labels, info) for name, z in logits.items()}
+    out = {}
+    for name, z in logits.items():
+        out[name] = scores({name: z}, labels, info, groups=groups)
     if len(logits) > 1 and "joint" not in logits:
         for rule in ("prob", "logits"):
-            out[rule] = scores(logits, labels, info, rule)
+            out[rule] = scores(logits, labels, info, rule, groups)
     return out

@@ -130,19 +130,19 @@ def print_table(rows: list, folder: Path, info: dict) -> None:
         print(f"Mean +- standard deviation of {seeds} seeds.")
     elif not info["multilabel"]:
         print("+- is the binomial standard error of one test run.")
-    extra = list(info.get("groups") or [])
+    shown = list(rows[0][1][0][0].get("groups", {}))[:4]  # more groups do not fit
     if info["multilabel"]:
-        extra = ["f1_macro"]
-    shown = extra[:4]                                     # more groups do not fit
+        shown = ["f1_macro"]
     wide = max(len(label) for label, _ in rows)
-    left = max(20, min(wide, WIDTH - 13 - 8 * len(shown) - 15))
-    groups = "".join(f"{g[:7]:>8}" for g in shown)
+    column = max([8, *(len(group) + 2 for group in shown)])
+    left = max(19, min(wide, WIDTH - 13 - column * len(shown) - 15))
+    groups = "".join(f"{group:>{column}}" for group in shown)
     print(f"{'':{left}}{name:>13}{groups}{'trained':>9}{'s':>6}")
     for label, found in rows:
         cells = f"{main_cell([scores[name] for scores, _ in found], n, name):>13}"
         for key in shown:
             values = [s["groups"][key] if key in s.get("groups", {}) else s[key] for s, _ in found]
-            cells += f"{100 * mean_std(values)[0]:>8.1f}"
+            cells += f"{100 * mean_std(values)[0]:>{column}.1f}"
         results = [result for _, result in found if result]
         if results:
             seconds = mean_std([result["seconds"] for result in results])[0]

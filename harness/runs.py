@@ -193,6 +193,7 @@ class Run:
                 if i % 10 == 0:
                     self.show(epoch)
         finally:
+            self.bar.n = epoch * len(batches)                 # also after `break`
             # Reading a number off a GPU waits for it: what was queued belongs to training.
             self.total = self.total.cpu()
             self.training_seconds = time.time() - began
@@ -219,7 +220,7 @@ class Run:
         counted = dict(loss=None)
         if epoch > 0:
             counted = self.counted(epoch)
-        self.scores = metrics.all_scores(logits, self.split("val").labels, self.info)
+        self.scores = self.score(logits, "val")
         chosen = self.scores[self.fusion(self.scores)]
         # Of equal scores the lower loss.
         key = [chosen[metrics.metric(self.info)], -chosen["loss"]]
@@ -314,7 +315,7 @@ class Run:
                 result[key] = settings[key]
         tensors = {}
         for split in logits:
-            result[split] = metrics.all_scores(logits[split], self.split(split).labels, self.info)
+            result[split] = self.score(logits[split], split)
             for name, z in logits[split].items():
                 tensors[f"{split}.{name}"] = z
         result |= dict(best_epoch=self.best_epoch, trained_parameters=trained, seconds=self.seconds,
@@ -334,7 +335,7 @@ class Run:
             stored[m] = load_file(self.folder.parent / base["run"] / "logits.safetensors")
         for split in splits:
             logits = {m: stored[m][f"{split}.{m}"] for m in stored}
-            out[split] = metrics.all_scores(logits, self.split(split).labels, self.info)
+            out[split] = self.score(logits, split)
         return out
 
     def say_how_it_ended(self) -> None:
@@ -344,8 +345,9 @@ class Run:
 
     # ---- Files ----
 
-    def split(self, name: str) -> data.Split:
-        return data.Split(self.data_folder, name)
+    def score(self, logits: dict, split: str) -> dict:
+        there = data.Split(self.data_folder, split)
+        return metrics.all_scores(logits, there.labels, self.info, there.groups)
 
     def save_tensors(self, name: str, tensors: dict) -> None:
         write_tensors(self.folder / name, tensors)

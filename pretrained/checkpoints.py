@@ -6,6 +6,7 @@
 Loading is strict. A tensor that is missing, unexpected or of another shape is an error that names
 it. An encoder that silently keeps some random weights still trains, only worse.
 """
+import hashlib
 import http.client
 import re
 import urllib.request
@@ -23,18 +24,23 @@ from encoders import BERT, AudioViT, DeBERTa, ResNet, ViT
 # ---- Where they are ----
 
 class Public(NamedTuple):
-    url: str
+    url: str                      # or a path in this project
     gigabytes: float
     licence: str
     sha256: str | None = None     # the first digits, where the publisher gives them
 
 
+PROJECT = Path(__file__).resolve().parents[1]
 HUB = "https://huggingface.co"
 OPENCLIP = "resolve/main/open_clip_pytorch_model.bin"
 META = "https://dl.fbaipublicfiles.com/imagebind"
 PYTORCH = "https://download.pytorch.org/models"
 
 PUBLIC = {
+    # The toy's lie in this project: `python -m prepare.toy --pretrain` makes them.
+    "vit_toy": Public("pretrained/toy/vit_toy.safetensors", 0.0003, "MIT", "a1ae13890101d17b"),
+    "audio_vit_toy": Public("pretrained/toy/audio_vit_toy.safetensors", 0.0003, "MIT",
+                            "4b054b63d9839ab1"),
     "vit_b16": Public(f"{HUB}/laion/CLIP-ViT-B-16-laion2B-s34B-b88K/{OPENCLIP}", 0.60, "MIT"),
     "vit_b32": Public(f"{HUB}/laion/CLIP-ViT-B-32-laion2B-s34B-b79K/{OPENCLIP}", 0.61, "MIT"),
     "vit_l14": Public(f"{HUB}/laion/CLIP-ViT-L-14-DataComp.XL-s13B-b90K/{OPENCLIP}", 1.71, "MIT"),
@@ -67,7 +73,9 @@ def download(name, folder="checkpoints"):
         raise ValueError(f"no public checkpoint is known for {name!r};"
                          f" there are {', '.join(PUBLIC)}")
     url, gigabytes, _, sha256 = PUBLIC[name]
-    path = Path(folder) / name / url.rsplit("/", 1)[1]
+    path = place(name, folder)
+    if "://" not in url:
+        check_shipped(path, sha256)
     if path.is_file():
         return path
     partial = path.with_name(path.name + ".partial")
@@ -87,6 +95,24 @@ def download(name, folder="checkpoints"):
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def place(name: str, folder="checkpoints") -> Path:
+    """Where the public file of an encoder is, or would be."""
+    url = PUBLIC[name].url
+    if "://" not in url:
+        return PROJECT / url
+    return Path(folder) / name / url.rsplit("/", 1)[1]
+
+
+def check_shipped(path: Path, sha256: str) -> None:
+    """Raises ValueError when a file of this project is not the one that it came with."""
+    found = "not there"
+    if path.is_file():
+        found = hashlib.sha256(path.read_bytes()).hexdigest()[:len(sha256)]
+    if found != sha256:
+        raise ValueError(f"{path} is not the file that this project came with (sha256 {found}, not"
+                         f" {sha256}): get it again, or load your own with --pretrained PATH")
 
 
 # ---- What they call our tensors ----
