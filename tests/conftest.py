@@ -20,14 +20,14 @@ from running import MMLORA, SMALL, call, result
 def root(tmp_path_factory):
     """Folder of prepared data: toys of seeds 0 to 2 with 200 samples to train on, and `pairs`, the same with two labels a sample."""
     folder, sizes = tmp_path_factory.mktemp("data"), toy.SIZES
-    toy.SIZES = {"train": 200, "val": 100, "test": 120}
+    toy.SIZES = dict.fromkeys(toy.WORLDS, {"train": 200, "val": 100, "test": 120})
     for seed in range(3):
         arguments.find(folder, "toy", seed)
     toy.SIZES = sizes
     shutil.copytree(folder / "toy-s0", folder / "pairs")
     info = json.loads((folder / "pairs" / "dataset.json").read_text())
-    del info["made_by"]      # a data set like anybody's own, not a toy
-    info |= dict(name="pairs", classes=["flat or rise", "trilled", "hollow", "never"], multilabel=True, groups={})
+    del info["made_by"], info["sample_groups"]      # a data set like anybody's own, not a toy
+    info |= dict(name="pairs", classes=["flat or rise", "trilled", "hollow", "never"], multilabel=True)
     (folder / "pairs" / "dataset.json").write_text(json.dumps(info))
     for split in ("train", "val", "test"):
         y = np.load(folder / "pairs" / split / "labels.npy")

@@ -41,26 +41,26 @@ def root(tmp_path_factory):
     sample; `mono`, one modality."""
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toy, "SIZES", {"train": 96, "val": 48, "test": 60})
+        patch.setattr(toy, "SIZES", {"toy": {"train": 96, "val": 48, "test": 60}})
         for seed in (0, 1):
             arguments.find(folder, "toy", seed)
     for name in ("tri", "multi", "mono"):
         shutil.copytree(folder / "toy-s0", folder / name)
         info = runs.read_json(folder / name / "dataset.json") | dict(name=name)
-        del info["made_by"]               # a data set like anybody's own, not a toy
+        del info["made_by"], info["sample_groups"]            # a data set like anybody's own, not a toy
         for split in ("train", "val", "test"):
             where = folder / name / split
             if name == "tri":
                 np.save(where / "visual2.npy", 255 - np.load(where / "visual.npy"))
             if name == "multi":
                 y = np.load(where / "labels.npy")
-                several = np.eye(12)[y] + np.eye(12)[(y + 1) % 12]
+                several = np.eye(8)[y] + np.eye(8)[(y + 1) % 8]
                 np.save(where / "labels.npy", several.astype(np.uint8))
         if name == "tri":
             info["modalities"]["visual2"] = "image"
             info["shapes"]["visual2"] = info["shapes"]["visual"]
         if name == "multi":
-            info.update(multilabel=True, groups={})
+            info.update(multilabel=True)
         if name == "mono":
             info["modalities"] = {"audio": "audio"}
         (folder / name / "dataset.json").write_text(json.dumps(info))
@@ -173,8 +173,8 @@ def test_a_finished_run_holds_what_it_says(script, root, method):
     result, z, settings = result_of(folder), tensors(folder, "logits"), settings_of(folder)
     assert folder.name == f"{method}-s0" and result["method"] == settings["method"] == method
     assert settings["encoders"] == {"audio": "audio_vit_toy", "visual": "vit_toy"}
-    assert settings["pretrained"] == {"audio": "none", "visual": "none"}
-    assert settings["lr"] == paper.TOY_LR["joint"]
+    assert settings["pretrained"] == settings["encoders"]         # the files that this project ships
+    assert settings["lr"] == paper.TOY_LR["toy"]["joint"]
     assert len(logged(folder)) == 3 and not (folder / "last.safetensors").exists()
     assert result["test"].keys() == {"joint", "audio", "visual"}
     labels = data.Split(root / "toy-s0", "test").labels
@@ -310,7 +310,7 @@ def test_drop_path_is_a_switch(script, monkeypatch, method, words):
     plain, dropped = (script(method, *words, *more, "--epochs", 1)
                       for more in ([], ["--drop-path", 0.5]))
     n = 1 + len(words) // 2               # optimisers with an audio encoder: step 1 has one, too
-    assert rates == [[0, 0]] * n + [[0, 0.5]] * n
+    assert rates == [[0, 0, 0]] * n + [[0, 0.25, 0.5]] * n
     assert dropped.name == plain.name.replace("-s0", "-drop-path0.5-s0")
     assert logged(plain)[1]["loss"] != logged(dropped)[1]["loss"]
 
@@ -411,7 +411,7 @@ def test_frozen_trains_the_layer_and_nothing_else(script, root):
         sha256 = fingerprint.sha256(alone / "model.safetensors")
         assert base == dict(run=f"unimodal-{m}-s0", sha256=sha256)
         assert all(torch.equal(file[k], v) for k, v in tensors(alone).items() if ".encoder." in k)
-    assert result["trained_parameters"] == 12 * (32 + 32) + 12
+    assert result["trained_parameters"] == 8 * (48 + 48) + 8
     assert log[-1]["loss"] < log[1]["loss"] - 0.1
     h, _ = features(folder, root)
     assert torch.allclose(tensors(folder, "logits")["test.joint"], joint_of(h, file), atol=1e-4)
@@ -770,7 +770,7 @@ def test_mla_projects_with_what_came_before(script, monkeypatch, watch):
     script("mla", "--epochs", 1, inside=True)
     monkeypatch.undo()
     assert len(before) == len(steps) == len(means) == 6
-    P = mla.Projection(32, 0.1)
+    P = mla.Projection(48, 0.1)
     for original, used, mean in zip(before, steps, means):
         assert torch.allclose(used, original @ P.P, atol=1e-6)
         P.update(mean)
@@ -790,11 +790,12 @@ def test_mla_without_projection_and_in_another_order(script):
 def test_mla_heads_of_their_own(script, monkeypatch, root, tmp_path):
     narrow = encoders.ViT, encoders.BUILD["vit_toy"][1] | dict(width=16)
     monkeypatch.setitem(encoders.BUILD, "vit_toy", narrow)
-    told = error("baselines.mla", out=tmp_path / "none", root=root)
-    assert "audio 32, visual 16" in told and "--separate-heads" in told
-    file = tensors(script("mla", "--separate-heads"))
-    assert file["audio.head.weight"].shape == (12, 32)
-    assert file["visual.head.weight"].shape == (12, 16)
+    words = ["--pretrained", "visual=none"]                   # no file is so narrow
+    told = error("baselines.mla", *words, out=tmp_path / "none", root=root)
+    assert "audio 48, visual 16" in told and "--separate-heads" in told
+    file = tensors(script("mla", "--separate-heads", *words))
+    assert file["audio.head.weight"].shape == (8, 48)
+    assert file["visual.head.weight"].shape == (8, 16)
 
 
 def test_mla_prediction_of_a_sample_is_its_own(script):
@@ -819,7 +820,7 @@ def weights_of_layers(model):
     return {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, layers)}
 
 
-SMALL = ("vit_toy", "audio_vit_toy", "bert_small", "deberta_small", "resnet_small")
+SMALL = ("vit_toy", "audio_vit_toy", "vit_mini", "audio_vit_mini", "bert_small", "deberta_small", "resnet_small")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "bertadam", "sgd"])
@@ -832,7 +833,7 @@ def test_weight_decay_is_for_the_weights_of_layers(encoder, optimizer):
     assert decayed_names(made, model) == wanted
     assert "head.weight" in wanted and "head.bias" not in wanted
     spared = {n.split(".")[-1] for n, _ in model.named_parameters() if n not in wanted}
-    if encoder == "audio_vit_toy":        # of shape (1, 1, D), and yet no matrices
+    if encoder.startswith("audio_vit"):   # of shape (1, 1, D), and yet no matrices
         assert spared == {"weight", "bias", "cls_token", "positions", "bias_k", "bias_v"}
     add_lora(model, 2)                    # A and B should not be pulled back to W0
     made = optim.make_optimizer(optimizer, model, 0.1, 0.3, 10)

@@ -14,6 +14,7 @@ import encoders
 from baselines import mbt, mmbt, parts, pmf
 from harness import arguments, fingerprint, metrics, models, optim, runs
 from prepare import toy
+from pretrained import checkpoints
 from running import call, error
 from test_baselines import (decayed_names, killed_and_resumed, logged, parameters, result_of,
                             run_script, same, settings_of, tensors, weights_of_layers)
@@ -73,7 +74,7 @@ def root(tmp_path_factory):
     both (bright or dark) x (20 or 30)."""
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toy, "SIZES", {"train": 96, "val": 48, "test": 60})
+        patch.setattr(toy, "SIZES", {"toy": {"train": 96, "val": 48, "test": 60}})
         arguments.find(folder, "toy", 0)
     rng, counts = np.random.default_rng(0), {"train": 64, "val": 32, "test": 32}
     for split, n in counts.items():
@@ -109,7 +110,8 @@ def script(root, tmp_path):
 def pretrained(root, dataset, **names):
     """The tensors that a run with seed 0 starts from."""
     info, state = runs.read_json(root / dataset / "dataset.json"), {}
-    settings = dict(encoders=names, pretrained=dict.fromkeys(names, "none"))
+    start = {m: name if name in checkpoints.PUBLIC else "none" for m, name in names.items()}
+    settings = dict(encoders=names, pretrained=start)
     for m in names:
         torch.manual_seed(0)
         encoder = models.pretrained_model(settings, m, info).encoder
@@ -275,8 +277,9 @@ def bottleneck(models, tokens=3, layers=2):
     return b
 
 
-AUDIO_VISUAL = dict(audio="audio_vit_toy", visual="vit_toy")
-VISUAL_TEXT = dict(visual="vit_toy", text="bert_small")
+# Of two blocks each, as many as are fused.
+AUDIO_VISUAL = dict(audio="audio_vit_mini", visual="vit_mini")
+VISUAL_TEXT = dict(visual="vit_mini", text="bert_small")
 
 
 @pytest.mark.parametrize("names", [AUDIO_VISUAL, VISUAL_TEXT, AUDIO_VISUAL | VISUAL_TEXT])
@@ -353,9 +356,9 @@ def test_mbt_trains_the_mean_of_the_cross_entropies(script, root, monkeypatch):
     for loss, joint, (a, b), y in seen:
         assert torch.allclose(loss, (real(a, y) + real(b, y)) / 2)
         assert torch.allclose(joint, (a + b) / 2) and not torch.allclose(loss, real(joint, y))
-    start = pretrained(root, "toy-s0", **AUDIO_VISUAL)        # both towers are trained whole
+    start = pretrained(root, "toy-s0", audio="audio_vit_toy", visual="vit_toy")     # both towers are trained whole
     assert not [k for k, v in start.items() if torch.equal(file[k], v)]
-    assert file["bottleneck.tokens"].shape == (4, 32)
+    assert file["bottleneck.tokens"].shape == (4, 48)
 
 
 # ---------------------------------------------------------------------------- PMF
@@ -429,11 +432,11 @@ def test_pmf_every_prompt_gets_a_gradient_and_no_tower_does(script, monkeypatch)
 
 def test_pmf_trains_the_share_it_should_and_leaves_the_towers(script, root):
     folder = script("pmf", *MENU, "--prompts", 2, "--lr", 0.01)
-    V, T, n, C, hidden = 32, 128, 2, 4, 64                    # widths, prompts, classes
+    V, T, n, C, hidden = 48, 128, 2, 4, 64                    # widths, prompts, classes
     mlps = (V * hidden + hidden + hidden * T + T) + (T * hidden + hidden + hidden * V + V)
     wanted = 2 * (3 * n * (V + T) + mlps) + (V + 1) * C + (T + 1) * C
     assert result_of(folder)["trained_parameters"] == wanted
-    file, start = tensors(folder), pretrained(root, "menu", **VISUAL_TEXT)
+    file, start = tensors(folder), pretrained(root, "menu", visual="vit_toy", text="bert_small")
     assert start and all(torch.equal(file[k], v) for k, v in start.items())
 
 

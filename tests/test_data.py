@@ -15,7 +15,7 @@ from data import (Split, batches, centre_crop, epoch_rng, inputs, log_mel, model
 from encoders import UnimodalModel, build
 from harness.arguments import PREPARED, find
 from paper import settings
-from prepare import toy
+from prepare import creatures, toy
 
 EVAL = dict(frames=3, crop=(0.5, 1.0), flip=True, audio_shift=4)     # what evaluation has to ignore
 PLAIN = dict(frames=3, crop=(1, 1), flip=False, audio_shift=0)
@@ -343,7 +343,7 @@ def test_log_mel_needs_one_frame():
 
 # ---- the toys ----
 def small_toys(folder, names=("toy",), seeds=(0,), sizes=(60, 30, 90)):
-    before, toy.SIZES = toy.SIZES, dict(zip(("train", "val", "test"), sizes))
+    before, toy.SIZES = toy.SIZES, dict.fromkeys(toy.WORLDS, dict(zip(("train", "val", "test"), sizes)))
     try:
         return [find(folder, name, seed) for name in names for seed in seeds]
     finally:
@@ -393,7 +393,7 @@ def test_a_toy_that_another_process_made_meanwhile_is_kept(tmp_path, monkeypatch
     folder = small_toys(tmp_path)[0]
     before = {f: f.stat().st_ino for f in folder.rglob("*")}
     made_by = json.loads((folder / "dataset.json").read_text())["made_by"]
-    monkeypatch.setattr(toy, "SIZES", {"train": 60, "val": 30, "test": 90})
+    monkeypatch.setattr(toy, "SIZES", {"toy": {"train": 60, "val": 30, "test": 90}})
     toy.make(folder, "toy", 0, made_by)     # as if it had not been there a moment ago
     assert {f: f.stat().st_ino for f in folder.rglob("*")} == before
     assert [f.name for f in tmp_path.iterdir()] == ["toy-s0"]
@@ -417,10 +417,85 @@ def test_toys_follow_the_prepared_format_with_exact_class_counts(name, tmp_path)
         assert audio.shape == (n, 1, 32, 64) and audio.dtype == np.float16
         assert visual.shape == (n, 1, 3, 36, 36) and visual.dtype == np.uint8
         assert np.isfinite(split.arrays["audio"]).all()
-    grouped = [c for group in info["groups"].values() for c in group]
-    assert sorted(grouped) == list(range(len(weight)))
-    assert info["groups"]["mimics"] == list(range(8, len(weight)))
+        stored = folder / split_name / "groups.npy"
+        for group, members in split.groups.items():
+            if name == "toy_mimics":
+                mine = np.isin(split.labels, info["groups"][group])
+            else:
+                number = np.load(stored)
+                assert number.shape == (n,) and number.dtype == np.int64
+                mine = number == info["sample_groups"].index(group)
+            assert members.dtype == torch.bool and np.array_equal(members, mine)
+        assert (sum(members.int() for members in split.groups.values()) == 1).all()     # each in one
+        assert stored.exists() == (name != "toy_mimics")
+    if name == "toy_mimics":
+        assert list(split.groups) == list(info["groups"]) and "sample_groups" not in info
+        assert info["groups"]["mimics"] == list(range(8, len(weight)))
+    else:
+        assert list(split.groups) == info["sample_groups"] == ["both fine", "sound off", "sight off"]
+        assert "groups" not in info and not toy.WORLDS[name]["mimics"]
+    assert info["counts"] == {"train": 60, "val": 30, "test": 90}
     assert set(settings.settings_for(name)["encoders"]) == set(info["modalities"])
+
+
+def test_sizes_and_worlds_go_together():
+    assert list(toy.WORLDS) == list(toy.SIZES) == ["toy", "toy_mismatched", "toy_mimics"]
+    for sizes in toy.SIZES.values():
+        assert list(sizes) == ["train", "val", "test"]
+
+
+@pytest.mark.parametrize("name", ["toy", "toy_mismatched"])
+def test_what_is_off_is_off_in_a_fifth_each_and_never_both(name, monkeypatch):
+    """And it is what the world says: of no creature, or of another one."""
+    heard, seen, n = [], [], 3000
+
+    def tones(contour, trilled, rng, table=creatures.CONTOURS, **how):
+        heard.append((list(table), contour, trilled))
+        return torch.zeros(len(contour), 8) + len(heard), {}
+
+    def masks(shape, rng, size=36, table=creatures.SILHOUETTES, turn=0.25):
+        seen.append((list(table), shape))
+        return torch.zeros(len(shape), 1, 2, 2) + len(seen), {}
+
+    monkeypatch.setattr(creatures, "tones", tones)
+    monkeypatch.setattr(creatures, "masks", masks)
+    monkeypatch.setattr(creatures, "noises", lambda n, rng: torch.zeros(n, 8))
+    monkeypatch.setattr(creatures, "mix", lambda wave, noise, decibel: wave)
+    monkeypatch.setattr(creatures, "paint", lambda mask, contrast, rng: mask)
+    y = torch.arange(8).repeat_interleave(n // 8)
+    sound, picture, group = toy.samples(toy.WORLDS[name], y, rng())
+    assert group.unique().tolist() == [0, 1, 2]     # one number a sample: never both
+    for k, share in enumerate((0.6, 0.2, 0.2)):
+        assert abs((group == k).float().mean() - share) < 0.03      # 4 sigma of a fifth: 0.029
+
+    # Which of the generated sounds and pictures a sample got: the first are of creatures.
+    assert heard[0][0] == list(creatures.CONTOURS) and seen[0][0] == list(creatures.SILHOUETTES)
+    call, shape = heard[0][1] + 4 * heard[0][2], seen[0][1]
+    sound_of, picture_of = sound[:, 0], picture[:, 0, 0, 0]
+    for off, source, kind in ((group == 1, sound_of, call), (group == 2, picture_of, shape)):
+        assert torch.equal(kind[~off], y[~off]) and (source[~off] == 1).all()
+        if name == "toy":
+            assert (source[off] == 2).all()
+        else:
+            assert (source == 1).all() and (kind[off] != y[off]).all()
+            shift = (kind[off] - y[off]) % 8
+            assert shift.unique().tolist() == list(range(1, 8))     # any other one
+    if name == "toy":
+        assert heard[1][0] == list(creatures.OTHER_CONTOURS) and seen[1][0] == list(creatures.OTHER_SHAPES)
+        assert not set(heard[1][0]) & set(creatures.CONTOURS)
+        assert not set(seen[1][0]) & set(creatures.SILHOUETTES)
+    else:
+        assert len(heard) == len(seen) == 1
+
+
+@pytest.mark.parametrize("name", ["toy", "toy_mismatched"])
+def test_stored_groups_have_their_shares_in_every_class(name, tmp_path):
+    split = Split(small_toys(tmp_path, [name], sizes=(800, 10, 10))[0], "train")
+    for group, share in (("both fine", 0.6), ("sound off", 0.2), ("sight off", 0.2)):
+        members = split.groups[group].float()
+        assert abs(members.mean() - share) < 0.07       # 4 sigma of 800: 0.069 of 0.6
+        for c in range(8):
+            assert abs(members[split.labels == c].mean() - share) < 0.2
 
 
 def distance(a, b):
@@ -433,7 +508,7 @@ def distance(a, b):
     return float(torch.stack(z).mean())
 
 
-@pytest.mark.parametrize("name", toy.WORLDS)
+@pytest.mark.parametrize("name", ["toy_mimics"])
 def test_a_mimic_cannot_be_told_from_its_models_by_one_sense(name, tmp_path):
     """By ear class 8 is its caller, by eye its look-alike: a leak (of noise, contrast, loudness) would
     set their spectra apart."""
@@ -463,11 +538,20 @@ def test_a_mimic_cannot_be_told_from_its_models_by_one_sense(name, tmp_path):
 
 def test_a_spoilt_recording_is_noise_and_a_spoilt_picture_is_faint():
     call, no = torch.arange(8).repeat(8), torch.zeros(64, dtype=torch.bool)
-    clean, noisy = (log_mel(toy.calls(call, s, rng()), 32, 64) for s in (no, ~no))
+    clean, noisy = (log_mel(toy.sounds(call, None, s, rng()), 32, 64) for s in (no, ~no))
     assert clean.std((1, 2)).mean() > 1.1 * noisy.std((1, 2)).mean()
-    sharp, faint = (toy.pictures(call, s, rng()).float() for s in (no, ~no))
+    sharp, faint = (toy.pictures(call, None, s, rng()).float() for s in (no, ~no))
     assert sharp.std((2, 3)).mean() > 1.3 * faint.std((2, 3)).mean()
-    for wave in (toy.calls(call, no, rng()), toy.calls(call, ~no, rng())):
+    loud, low = toy.VARYING["decibel"][1], toy.VARYING["decibel"][0]      # of the other worlds
+    loud, low = (torch.full((64,), decibel) for decibel in (loud, low))
+    assert (log_mel(toy.sounds(call, loud, None, rng()), 32, 64).std((1, 2)).mean()
+            > 1.1 * log_mel(toy.sounds(call, low, None, rng()), 32, 64).std((1, 2)).mean())
+    strong, weak = (torch.full((64,), contrast) for contrast in reversed(toy.VARYING["contrast"]))
+    assert (toy.pictures(call, strong, None, rng()).float().std((2, 3)).mean()
+            > 1.3 * toy.pictures(call, weak, None, rng()).float().std((2, 3)).mean())
+    for wave in (toy.sounds(call, None, no, rng()), toy.sounds(call, None, ~no, rng()),
+                 toy.sounds(call, loud, None, rng()), toy.sounds(call, low, None, rng()),
+                 toy.other_sounds(loud, rng()), toy.other_sounds(low, rng())):
         assert wave.shape == (64, 10240)     # loudness tells nothing
         loudness = wave.square().mean(1).sqrt()
         torch.testing.assert_close(loudness, torch.full((64,), 0.1), rtol=1e-3, atol=0)
@@ -476,10 +560,10 @@ def test_a_spoilt_recording_is_noise_and_a_spoilt_picture_is_faint():
 def test_example_in_the_source_is_true():
     """`prepare/toy.py` explains the toy by class 9; the example has to go with the world when that is
     changed."""
-    world = toy.WORLDS["toy"]
+    world = toy.WORLDS["toy_mimics"]
     call, shape = world["mimics"][1]
     text = Path(toy.__file__).read_text()
-    contour, figure = list(toy.CONTOURS)[call], list(toy.SILHOUETTES)[shape]
+    contour, figure = list(creatures.CONTOURS)[call], list(creatures.SILHOUETTES)[shape]
     assert f"class 9 = (call {call}: a {contour} tone, silhouette {shape}: a square {figure})" in text
 
     def posterior(sense, value):

@@ -5,6 +5,7 @@ torchvision: checkpoint files in the public layouts, inputs, and what the librar
 here proves the rename and the arithmetic at once, without a download.
 """
 import copy
+import hashlib
 import http.server
 import json
 import re
@@ -560,13 +561,61 @@ def test_download(server, monkeypatch, tmp_path):
         assert url in message and "0.6 GB" in message and str(tmp_path / "vit_b32") in message and "\n" not in message
         assert not [file for file in tmp_path.glob("vit_b32/*")]     # nothing half-fetched, under any name
     with pytest.raises(ValueError, match="vit_b16"):
-        download("vit_toy", tmp_path)
+        download("vit_mini", tmp_path)
+
+
+SHIPPED = ["vit_toy", "audio_vit_toy"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_this_project_ships_is_loaded_where_it_lies(name, tmp_path):
+    path = download(name, tmp_path)
+    assert path == checkpoints.place(name) == ROOT / "pretrained" / "toy" / f"{name}.safetensors"
+    assert not list(tmp_path.iterdir())
+    encoder = load_public(build(name), path)     # strict
+    assert all(torch.isfinite(t).all() for t in encoder.state_dict().values())
+    assert public_state(encoder, path).keys() == load_file(path).keys()
+    layout = "visual." if name == "vit_toy" else "modality_"
+    assert all(public.startswith(layout) for public in load_file(path))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_damaged_shipped_file_is_refused(name, tmp_path, monkeypatch):
+    """Cut short, one bit turned, not there, or another file: one line says which file, and what to do."""
+    whole = download(name).read_bytes()
+    monkeypatch.setattr(checkpoints, "PROJECT", tmp_path)
+    path = checkpoints.place(name)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(whole)
+    assert download(name) == path     # a good copy is good anywhere
+    turned = bytearray(whole)
+    turned[-1] ^= 1
+    for content in (whole[:-100], bytes(turned), b"", None):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(ValueError) as error:
+            download(name)
+        message = str(error.value)
+        assert message.startswith(f"{path} is not the file that this project came with") and "\n" not in message
+        assert PUBLIC[name].sha256 in message and "--pretrained" in message
+        assert ("not there" in message) == (content is None)
+        assert path.exists() == (content is not None) and len(list(path.parent.iterdir())) <= 1
+        path.touch()
 
 
 def test_public_sources_cover_the_table():
-    small = {name for name in BUILD if name.endswith(("_toy", "_small"))}
-    assert BUILD.keys() - small <= PUBLIC.keys() and not small & PUBLIC.keys() and len(BUILD.keys() - small) >= 10
+    small = {name for name in BUILD if name.endswith(("_mini", "_small"))}
+    assert BUILD.keys() - small <= PUBLIC.keys() and not small & PUBLIC.keys() and len(BUILD.keys() - small) >= 12
+    for name in SHIPPED:
+        public = PUBLIC[name]
+        assert public.url == f"pretrained/toy/{name}.safetensors" and public.licence == "MIT"
+        content = (ROOT / public.url).read_bytes()
+        assert hashlib.sha256(content).hexdigest().startswith(public.sha256) and len(public.sha256) >= 8
+        assert 0.5 < len(content) / (public.gigabytes * 1e9) < 2
     for name, public in PUBLIC.items():
+        if name in SHIPPED:
+            continue
         assert public.url.startswith("https://") and 0 < public.gigabytes < 5 and public.licence
         hashed = re.search(r"-([0-9a-f]{8})\.pth$", public.url)     # torchvision writes the hash into the file's name
         assert public.sha256 == (hashed and hashed[1])

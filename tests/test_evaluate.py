@@ -1,6 +1,6 @@
 """`evaluate.py` on finished runs: fusion, missing modalities, linear evaluation, export.
 
-All of one real chain on a small toy, two seeds of one epoch. `test_clip.py` has --clip,
+All of one real chain on a small toy, two seeds of few epochs. `test_clip.py` has --clip,
 `test_tables.py` the paper's tables.
 """
 import json
@@ -48,8 +48,8 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chain")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(toy, "SIZES", {"train": 120, "val": 60, "test": 90})
-        call("train_joint.py", "--seeds", 0, 1, "--umft-epochs", 1, "--epochs", 1,
+        patch.setattr(toy, "SIZES", {"toy": {"train": 120, "val": 60, "test": 90}})
+        call("train_joint.py", "--seeds", 0, 1, "--umft-epochs", 3, "--epochs", 1,
              "--device", "cpu")
         for seed in (0, 1):
             file = folder / f"runs/toy/mmlora-all-r1-s{seed}/model.safetensors"
@@ -88,12 +88,13 @@ def labels(where, split):
 
 
 def rows(text):
-    """Printed lines -> {label: accuracy}."""
-    found = {}
+    """Printed lines -> {label: accuracy}. A label that is too long has a line of its own."""
+    found, before = {}, ""
     for line in text.splitlines():
-        cells = re.match(r"(\S.*?) {2,}(\d+\.\d) \+-", line)
+        cells = re.match(r"(\S.*?)? {2,}(\d+\.\d) \+-", line)
         if cells:
-            found[cells[1]] = float(cells[2])
+            found[cells[1] or before] = float(cells[2])
+        before = line
     return found
 
 
@@ -250,7 +251,7 @@ def test_probe_of_a_run(chain):
         x = {split: (h - mean) / std for split, h in x.items()}
         right, layer = {}, None
         for l2 in (0.1, 0.01, 0.001, 0.0001):
-            layer = logistic_regression(x["train"], y["train"], 12, l2, layer)
+            layer = logistic_regression(x["train"], y["train"], 8, l2, layer)
             right[l2] = {}
             for split in ("val", "test"):
                 hits = layer(x[split]).argmax(1) == y[split]
@@ -260,7 +261,7 @@ def test_probe_of_a_run(chain):
         assert right[best]["val"] == pytest.approx(stored[m]["val"]["accuracy"])
         test = stored[m]["test"]["accuracy"]
         assert right[best]["test"] == pytest.approx(test, abs=0.012)          # one of 90
-        assert stored[m]["trained_parameters"] == 12 * 33
+        assert stored[m]["trained_parameters"] == 8 * (model.encoder.width + 1)
         shown = rows(printed)[f"{m}, linear evaluation"]
         assert shown == pytest.approx(100 * test, abs=0.051)
 
@@ -279,6 +280,7 @@ def test_probe_is_deterministic_and_chooses_on_validation(chain):
 
 
 def test_probe_of_a_pretrained_encoder(chain, monkeypatch):
+    of_toy = BUILD["vit_toy"]
     monkeypatch.setitem(BUILD, "vit_toy", SMALL_VIT)
     words = ["--probe", "--dataset", "toy", "--modality", "visual"]
     show(*words, "--pretrained", CLIP)
@@ -286,23 +288,29 @@ def test_probe_of_a_pretrained_encoder(chain, monkeypatch):
     stored = stored_probe(folder)
     settings = runs.read_json(folder / "config.json")["settings"]
     assert settings["pretrained"] == str(CLIP) and stored.keys() == {"visual"}
-    model = UnimodalModel(checkpoints.load_public(build("vit_toy"), CLIP), 12).eval()
+    model = UnimodalModel(checkpoints.load_public(build("vit_toy"), CLIP), 8).eval()
     x = {}
     for split in ("train", "val"):
         x[split] = features(model, Path("data/toy-s0"), split, "visual").double()
     y = {split: labels("data/toy-s0", split) for split in x}
     train = standardise(x["train"], x["train"])
-    layer = logistic_regression(train, y["train"], 12, stored["visual"]["l2"])
+    layer = logistic_regression(train, y["train"], 8, stored["visual"]["l2"])
     right = (layer(standardise(x["val"], x["train"])).argmax(1) == y["val"]).float().mean()
     shown = stored["visual"]["val"]["accuracy"]
     assert float(right) == pytest.approx(shown, abs=0.018)                    # one of 60
 
     # Another start is another experiment: what was found before is moved aside, not mixed with it.
-    printed = show(*words)
+    printed = show(*words, "--pretrained", "none")
     settings = runs.read_json(folder / "config.json")["settings"]
     aside, = Path("runs/toy/old").iterdir()
     assert settings["pretrained"] == "none" and str(aside) in printed
     assert stored_probe(aside) == stored != stored_probe(folder)
+    random = stored_probe(folder)
+    monkeypatch.setitem(BUILD, "vit_toy", of_toy)
+    show(*words)                                              # the file that this project ships
+    settings = runs.read_json(folder / "config.json")["settings"]
+    assert settings["pretrained"] == "vit_toy" and len(list(Path("runs/toy/old").iterdir())) == 2
+    assert stored_probe(folder) != random
     assert "toy has audio, visual" in told(*words[:-1], "text")
 
 
@@ -318,7 +326,7 @@ def test_probe_of_a_baseline_takes_its_encoders(chain):
     config = runs.read_json(folder / "config.json")
     config["settings"] = settings | dict(method="concat")
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors | {"joint.linear.weight": torch.zeros(12, 64)}, folder / "model.safetensors")
+    save_file(tensors | {"joint.linear.weight": torch.zeros(8, 96)}, folder / "model.safetensors")
     show("--probe", "--run", JOINT, folder)
     ours, theirs = ({m: r["val"]["accuracy"] for m, r in stored_probe(f).items()}
                     for f in (JOINT, folder))
@@ -333,15 +341,15 @@ def test_probe_of_a_baseline_takes_its_encoders(chain):
 def test_export_merges_lora_and_loads_back(chain):
     printed = show("--run", JOINT, "--export", "out/mine")
     settings, adapted, info, where = opened(JOINT)
-    files = {"audio": Path("out/mine/audio/imagebind_huge.pth"),
-             "visual": Path("out/mine/visual/open_clip_pytorch_model.bin")}
+    files = {"audio": Path("out/mine/audio/audio_vit_toy.safetensors"),
+             "visual": Path("out/mine/visual/vit_toy.safetensors")}
     heads = {m: file.with_name("head.safetensors") for m, file in files.items()}
     there = sorted(f for f in Path("out").rglob("*") if f.is_file())
     assert there == sorted([*files.values(), *heads.values()])
     for m, file in files.items():
         wanted = features(adapted[m], where, "test", m)
         encoder = checkpoints.load_public(build(settings["encoders"][m]), file)
-        again = features(UnimodalModel(encoder, 12).eval(), where, "test", m)
+        again = features(UnimodalModel(encoder, 8).eval(), where, "test", m)
         torch.testing.assert_close(again, wanted, rtol=1e-4, atol=1e-4)
         # and LoRA had done something
         before = opened(f"runs/toy/unimodal-{m}-s0")[1][m]

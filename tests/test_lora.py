@@ -209,7 +209,7 @@ def test_add_lora_refuses():
     state = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="LoRA added before"):
         add_lora(model)
-    assert model.state_dict().keys() == state.keys() and len(names) == 6     # and left it as it was
+    assert model.state_dict().keys() == state.keys() and len(names) == 9     # and left it as it was
     plain = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(ValueError, match="Sequential has no plain layer"):
         add_lora(plain)

@@ -18,7 +18,8 @@ from paper import results, settings
 ROOT = Path(__file__).parents[1]
 ENCODERS = set("vit_b16 vit_b32 vit_l14 audio_vit_b bert_base bert_large "
                "deberta_base deberta_large resnet18 resnet152".split())
-TOYS = {"vit_toy", "audio_vit_toy"}
+TOYS = {"toy": {"vit_toy", "audio_vit_toy"}, "toy_mismatched": {"vit_toy", "audio_vit_toy"},
+        "toy_mimics": {"vit_mini", "audio_vit_mini"}}
 DATASETS = {"crema_d", "ave", "kinetics_sound", "mm_imdb", "food101", "ucf101"}
 CELLS = [(n, cell) for n in results.TABLES for row in results.cells(n) for cell in row]
 
@@ -110,13 +111,14 @@ def test_settings_are_complete_and_agree_with_themselves(dataset):
         "crop flip frames audio_shift max_length multilabel".split())
     assert set(s["encoders"]) == set(s["optimizer"]) and set(s["lora"]) <= set(s["encoders"])
     assert bool(s["lora"]) == (dataset != "custom")     # nobody can know what own data have
-    assert set(s["encoders"].values()) <= (TOYS if toy else ENCODERS)
+    assert set(s["encoders"].values()) <= TOYS.get(dataset, ENCODERS)
     for m, optimizer in s["optimizer"].items():         # Sec. 4.1.2
         assert optimizer == {"text": "bertadam", "flow": "sgd"}.get(m, "adamw")
     assert s["family"] in settings.BACKBONES and s["schedule"] in ("constant", "plateau", "cosine")
     assert (s["schedule"] == "cosine") == (toy or dataset == "custom")
     assert (s["schedule"] == "plateau") == words                                    # App. A.2
-    assert s["batch_size"] == (160 if words else 64)
+    small = dataset in ("toy", "toy_mismatched")        # few samples
+    assert s["batch_size"] == (160 if words else 32 if small else 64)
     assert s["multilabel"] == (dataset == "mm_imdb")
     assert 0 < s["crop"][0] <= s["crop"][1] <= 1
 
@@ -150,8 +152,11 @@ def test_encoders_are_those_of_table_2_and_lora_goes_where_sec_4_1_2_says():
     ("ucf101", "resnet18", "flow", 1e-2), ("ucf101", "resnet18", None, 1e-2),
     ("ucf101", "resnet18", "visual", 1e-4), ("my_data", "bert_base", "text", 5e-5),
     ("my_data", "resnet18", "flow", 1e-2), ("my_data", "resnet18", "visual", 1e-4),
-    ("toy", "vit_toy", "visual", settings.TOY_LR["umft"]),
-    ("my_data", "audio_vit_toy", "audio", settings.TOY_LR["umft"]),
+    ("toy", "vit_toy", "visual", settings.UMFT_LR["toy"]),
+    ("toy_mismatched", "audio_vit_toy", "audio", settings.UMFT_LR["toy"]),
+    ("my_data", "audio_vit_toy", "audio", settings.UMFT_LR["toy"]),
+    ("toy_mimics", "vit_mini", "visual", settings.SMALL_LR["umft"]),
+    ("my_data", "audio_vit_mini", "audio", settings.SMALL_LR["umft"]),
     ("my_data", "vit_small", "visual", 1e-3), ("my_data", "deberta_small", "text", 1e-3),
 ])
 def test_umft_lr(dataset, encoder, modality, rate):
@@ -175,10 +180,20 @@ def test_joint_lr(dataset, large, backbones):
 
 
 def test_joint_lr_of_small_encoders():
-    assert settings.joint_lr("toy", settings.encoders_for("toy")) == settings.TOY_LR["lora"]
+    for dataset in ("toy", "toy_mismatched"):
+        for tune, rate in settings.TOY_LR[dataset].items():
+            if tune != "umft":
+                assert settings.joint_lr(dataset, settings.encoders_for(dataset), tune) == rate
+    pretrained = settings.encoders_for("toy")           # on anybody's data
+    assert settings.joint_lr("my_data", pretrained) == settings.TOY_LR["toy"]["lora"]
+    mini = settings.encoders_for("toy_mimics")          # from random weights
+    for tune in ("lora", "full", "joint"):
+        assert settings.joint_lr("toy_mimics", mini, tune) == settings.SMALL_LR[tune]
+    mixed = {"audio": "audio_vit_toy", "visual": "vit_mini"}
+    assert settings.joint_lr("toy", mixed) == settings.SMALL_LR["lora"]
     assert settings.joint_lr("toy", {"visual": "vit_b16"}) == 1e-4
     small = {"visual": "vit_small", "text": "bert_small"}
-    assert settings.joint_lr("my_data", small, "full") == settings.TOY_LR["full"]
+    assert settings.joint_lr("my_data", small, "full") == settings.SMALL_LR["full"]
 
 
 def test_a_learning_rate_nobody_knows_is_an_error():

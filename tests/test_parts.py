@@ -134,11 +134,17 @@ def test_scores_of_groups_and_of_training_batches():
     logits = {"a": torch.tensor([[4.0, 0, 0], [0, 4, 0], [0, 4, 0], [4, 0, 0]]),
               "b": torch.tensor([[0.0, 0, 1], [0, 1, 0], [1, 0, 0], [0, 9, 0]])}
     labels = torch.tensor([0, 1, 2, 1])
-    info = dict(multilabel=False, groups={"first": [0], "rest": [1, 2]})
-    scores = metrics.scores(logits, labels, info)
+    info, groups = dict(multilabel=False), {"first": labels == 0, "rest": labels > 0}
+    scores = metrics.scores(logits, labels, info, groups=groups)
     assert scores["groups"] == {"first": 1, "rest": pytest.approx(2 / 3)}
     assert scores["accuracy"] == 0.75 and metrics.count_right(logits, labels) == 3
-    assert list(metrics.all_scores(logits, labels, info)) == ["a", "b", "prob", "logits"]
+    assert "groups" not in metrics.scores(logits, labels, info)
+    every = metrics.all_scores(logits, labels, info, groups)
+    assert list(every) == ["a", "b", "prob", "logits"]
+    assert every["prob"] == scores and every["a"]["groups"]["rest"] == pytest.approx(1 / 3)
+    odd = {"odd": torch.tensor([False, True, True, False])}      # of samples, whatever their class
+    p = metrics.fuse(logits)
+    assert metrics.rates(p, labels, info, odd)["groups"] == {"odd": 0.5}
     assert list(metrics.all_scores({"a": logits["a"]}, labels, info)) == ["a"]
     assert metrics.all_scores(logits, labels, info)["a"]["accuracy"] == 0.5
     multi = torch.tensor([[1, 0, 1]])
