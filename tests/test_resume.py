@@ -158,7 +158,7 @@ def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(base, root, tmp_pa
                          complaint.strip())
     assert whole, complaint
     epoch = int(whole[1])
-    assert 3 <= epoch < 15
+    assert 2 <= epoch < 15     # the log is written before the epoch is saved
     again = goes_on(base, tmp_path, root)
     assert f"{folder}: going on from epoch {epoch + 1}\n" in again
 
