@@ -29,9 +29,9 @@ Where we differ from the authors' code, and why:
     alpha + P h h^T where the formula has the number alpha + h^T P h, and normalised at each step:
     not symmetric any more, with negative eigenvalues. Ours is the formula.
  3. Our P collapses: every mean feature of the run stays in it, and together they leave few
-    directions. Measured with `python -m baselines.mla --epochs 12 --seeds 0 1 2`, the mean of
-    |grad P| / |grad| over the last epoch, `left` in log.jsonl: .018, .016, .026. The authors divide
-    P by its norm. Under AdamW only the direction of grad P counts, see 8.
+    directions. `python -m baselines.mla --dataset toy_mimics --epochs 12 --seeds 0 1 2` has, as the
+    mean of |grad P| / |grad| over the last epoch (`left` in log.jsonl), .018, .016, .026. The
+    authors divide P by its norm. Under AdamW only the direction of grad P counts, see 8.
  4. alpha is 0.1 for good. There it falls from 0.1 to 0.01 inside each epoch.
  5. The bias is projected, too. There only the weight would be, and the bias undoes what that
     protects.
