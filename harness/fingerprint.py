@@ -83,6 +83,7 @@ def hash_of_code(path: Path) -> str:
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
 
 
+@functools.cache
 def imports(path: Path) -> list[Path]:
     """The files of this project that a file imports, anywhere in it."""
     names = []

@@ -12,6 +12,7 @@ Every file is written under another name first and then renamed. A run that is k
 finds whole files when it is started again, and on a CPU ends in the same bits.
 """
 import datetime
+import functools
 import json
 import math
 import os
@@ -382,8 +383,9 @@ def read_json(file: Path):
         raise ValueError(f"{file} is damaged: {error}") from None
 
 
+@functools.cache
 def commit() -> str | None:
-    """The commit of this project, where git knows it."""
+    """The commit of this project when the program started, where git knows it."""
     git = shutil.which("git")
     if git is None:
         return None

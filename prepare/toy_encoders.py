@@ -19,7 +19,8 @@ from pretrained import checkpoints
 
 ENCODERS = {"audio": "audio_vit_toy", "visual": "vit_toy"}
 KINDS = {"audio": "audio", "visual": "image"}
-SAMPLES = {"audio": 30_000, "visual": 40_000}         # to train on; 1,000 more are held out
+SAMPLES = {"audio": 30_000, "visual": 40_000}         # to train on
+HELD_OUT = 1_000                                      # more, to see what was learnt
 STEPS, BATCH, LR, WEIGHT_DECAY = 9_000, 64, 2e-3, 0.05
 
 
@@ -40,7 +41,7 @@ def pretrain(folder: Path, steps: int = STEPS, samples: dict = SAMPLES) -> dict[
 def train(modality: str, steps: int, n: int) -> tuple[UnimodalModel, str]:
     """-> the encoder with its heads, and what share of the answers is right."""
     rng = torch.Generator().manual_seed(777)
-    array, answers = things(modality, n + 1_000, rng)         # answers: question -> (n,)
+    array, answers = things(modality, n + HELD_OUT, rng)         # answers: question -> (n,)
     y = torch.stack(list(answers.values()), 1)                # (n, questions)
     heads = [int(k) + 1 for k in y.amax(0)]                   # how many answers each question has
     split = data.Split.of({modality: KINDS[modality]}, {modality: array.numpy()}, y)
@@ -62,7 +63,7 @@ def train(modality: str, steps: int, n: int) -> tuple[UnimodalModel, str]:
         schedule.step()
 
     model.eval()
-    x, y = data.inputs(split, torch.arange(n, n + 1_000), models, "cpu", settings)
+    x, y = data.inputs(split, torch.arange(n, n + HELD_OUT), models, "cpu", settings)
     with torch.no_grad():
         logits = model(x[modality]).split(heads, 1)
     told = []

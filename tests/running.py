@@ -17,9 +17,10 @@ import pytest
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
-SMALL = "--umft-epochs 15 --epochs 4 --batch-size 16".split()     # of `base`, the run that most tests start from
-QUICK = [*SMALL, "--batch-size", 64]                              # for others on its uni-modal runs: a third of the time
-UNIMODAL = "--epochs 15 --batch-size 16".split()                  # its uni-modal runs, on their own command line
+UMFT_EPOCHS = 8
+SMALL = f"--umft-epochs {UMFT_EPOCHS} --epochs 4 --batch-size 25".split()     # of `base`, where most tests start
+QUICK = [*SMALL, "--batch-size", 100]                             # for others on its uni-modal runs: a third of the time
+UNIMODAL = f"--epochs {UMFT_EPOCHS} --batch-size 25".split()      # its uni-modal runs, on their own command line
 MMLORA = "toy/mmlora-all-r1-s0"
 
 

@@ -18,7 +18,7 @@ import torch
 from harness import fingerprint
 from running import ROOT, everything, log_of, process, result, table
 
-JOINT = "train_joint.py --umft-epochs 3 --epochs 2 --batch-size 20".split()
+JOINT = "train_joint.py --umft-epochs 3 --epochs 2 --batch-size 30".split()
 AUDIO, VISUAL, MMLORA = "unimodal-audio-s0", "unimodal-visual-s0", "mmlora-all-r1-s0"
 LABEL = "MMLoRA, rank 1, audio+visual"
 # The loss of Eq. 3, turned around.

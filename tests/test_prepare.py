@@ -39,7 +39,7 @@ def train_on(root, name, monkeypatch, *options):
     Small encoders, random weights.
     """
     modalities = json.loads((root / name / "dataset.json").read_text())["modalities"]
-    encoders = ["resnet18", "text=bert_small"] if "text" in modalities else ["resnet18"]
+    encoders = ["resnet_small", "text=bert_small"] if "text" in modalities else ["resnet_small"]
     monkeypatch.setenv("TQDM_DISABLE", "1")
     printed = call("train_joint.py", "--dataset", name, "--device", "cpu", "--epochs", "1", "--umft-epochs", "1",
                    "--encoder", *encoders, "--pretrained", "none", *options, out=root / "runs", root=root)

@@ -188,13 +188,6 @@ def form(printed):
     return lines
 
 
-def test_a_command_as_a_program(tmp_path):
-    words = ["train_joint.py", "--dataset", "crema_d", "--data-root", str(tmp_path)]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: no prepared data in ")
-    assert len(done.stderr.splitlines()) == 1 and not done.stdout
-
-
 # ---- "Change one line and run again" ----
 
 def test_change_one_line_and_run_again(copied, root, tmp_path):

@@ -23,7 +23,7 @@ from lora import add_lora
 from paper import settings
 from prepare import toy
 from pretrained.checkpoints import download, load_public
-from running import (MMLORA, QUICK, SMALL, accuracy, call, error, everything, log_of, process,
+from running import (MMLORA, QUICK, SMALL, UMFT_EPOCHS, accuracy, call, error, everything, log_of, process,
                      result, table, tensors)
 from test_parts import naive_f1
 
@@ -83,7 +83,7 @@ def test_table_is_aligned(words, base, copied, root):
 
 
 def test_run_folders(base):
-    unimodal = [(f"toy/unimodal-{m}-s0", "unimodal", 15) for m in BOTH]
+    unimodal = [(f"toy/unimodal-{m}-s0", "unimodal", UMFT_EPOCHS) for m in BOTH]
     for run, method, epochs in [*unimodal, (MMLORA, "mmlora", 4)]:
         folder, done, log = base.out / run, result(base.out, run), log_of(base.out, run)
         assert {f.name for f in folder.iterdir()} == {
@@ -91,7 +91,7 @@ def test_run_folders(base):
         config = json.loads((folder / "config.json").read_text())
         told = config["settings"]
         assert told["method"] == done["method"] == method
-        assert told["epochs"] == epochs and told["batch_size"] == 16
+        assert told["epochs"] == epochs and told["batch_size"] == 25
         assert "train_joint.py" in config["command"]
         assert config["versions"]["torch"] == torch.__version__
         assert [line["epoch"] for line in log] == list(range(epochs + 1)) and log[0]["loss"] is None
@@ -224,7 +224,7 @@ def test_separate_losses_are_those_of_the_modalities_alone(base, copied, root, m
     monkeypatch.setattr(data, "inputs", watched_inputs)
     monkeypatch.setattr(runs.Run, "count", watched_count)
     printed = call("baselines.separate", *QUICK, out=copied, root=root)
-    steps = 4 * math.ceil(200 / 64)
+    steps = 4 * math.ceil(200 / 100)
     assert seen == [(True, True)] * steps
     seen.clear()
     call("train_joint.py", *QUICK, "--rank", 5, out=copied, root=root)
@@ -241,9 +241,9 @@ def test_separate_losses_are_those_of_the_modalities_alone(base, copied, root, m
 
 def test_of_several_learning_rates_the_best_on_validation_is_shown(copied, root):
     for m in BOTH:     # of seed 1, too
-        words = "--epochs 3 --batch-size 40 --seed 1".split()
+        words = "--epochs 3 --batch-size 50 --seed 1".split()
         call("train_unimodal.py", "--modality", m, *words, out=copied, root=root)
-    words = "--epochs 3 --batch-size 40 --rank 2 --seeds 0 1 --lr 1e-30 0.01 0.03".split()
+    words = "--epochs 3 --batch-size 50 --rank 2 --seeds 0 1 --lr 1e-30 0.01 0.03".split()
     printed = call("train_joint.py", *words, out=copied, root=root)
     found, mean = {}, {}
     for lr, name in ((1e-30, "-lr1e-30"), (0.01, ""), (0.03, "-lr0.03")):
@@ -290,7 +290,7 @@ def test_the_choice_of_a_learning_rate_never_looks_at_test(monkeypatch, capsys):
 
 
 def test_no_umft(root, tmp_path):
-    words = "--epochs 3 --batch-size 16".split()
+    words = "--epochs 3 --batch-size 50".split()
     printed = call("baselines.no_umft", *words, out=tmp_path, root=root)
     run = "toy/no-umft-all-r1-s0"
     done, stored = result(tmp_path, run), tensors(tmp_path, run)
@@ -354,7 +354,7 @@ def test_rank_and_averaged_logits(base, copied, root):
 
 
 def test_seeds(root, tmp_path):
-    words = "--umft-epochs 3 --epochs 1 --batch-size 16 --seeds 1 2 0".split()
+    words = "--umft-epochs 2 --epochs 1 --batch-size 50 --seeds 1 2 0".split()
     printed = call("train_joint.py", *words, out=tmp_path, root=root)
     assert "Mean +- standard deviation of 3 seeds" in printed
     ours = [result(tmp_path, f"toy/mmlora-all-r1-s{seed}") for seed in (1, 2, 0)]
@@ -406,7 +406,7 @@ def test_bf16(root, tmp_path):
 def test_several_labels_a_sample(root, tmp_path):
     """The same scripts where a sample has several labels: binary losses, F1 instead of accuracy."""
     words = "--dataset pairs --encoder audio=audio_vit_toy visual=vit_toy".split()
-    words += "--umft-epochs 4 --epochs 2 --batch-size 16".split()
+    words += "--umft-epochs 4 --epochs 2 --batch-size 50".split()
     printed = call("train_joint.py", *words, out=tmp_path, root=root)
     run, = tmp_path.glob("pairs/mmlora-*")
     done, logits = result(tmp_path, run), tensors(tmp_path, run, "logits")
@@ -624,8 +624,10 @@ def test_a_diverged_run_is_no_result(root, tmp_path):
 
 def test_git_is_not_needed(root, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
+    runs.commit.cache_clear()
     words = "--modality audio --epochs 1".split()
     call("train_unimodal.py", *words, out=tmp_path, root=root)
+    runs.commit.cache_clear()
     config = json.loads((tmp_path / "toy/unimodal-audio-s0/config.json").read_text())
     assert config["commit"] is None
 

@@ -454,7 +454,8 @@ def test_fill_runs_what_is_missing_and_no_more(root, step_1, quick):
     its method say."""
     out, shown = step_1, {}
     for number in (10, 9, 13, 5, 8, 4, 3):
-        words = [number, *"--dataset toy --device cpu --seeds 0 1 --fill --epochs 1".split()]
+        words = [number, *"--dataset toy --device cpu --seeds 0 1 --fill --epochs 1".split(),
+                 "--batch-size", 200]
         printed = call("paper.tables", *words, out=out, root=root)
         shown[number] = started(printed)
         assert "Not run yet" not in printed and "left out" not in printed
@@ -465,7 +466,8 @@ def test_fill_runs_what_is_missing_and_no_more(root, step_1, quick):
         assert not started(call("paper.tables", *words, out=out, root=root))
     where = f"--data-root {root} --device cpu"
     assert len(shown[10]) == 5 and "--rank 64" in shown[10][-1]
-    assert all(line.endswith(f" --out {out} --seeds 0 1 {where} --epochs 1") for line in shown[10])
+    assert all(line.endswith(f" --out {out} --seeds 0 1 {where} --epochs 1 --batch-size 200")
+               for line in shown[10])
     assert len(shown[9]) == 2
     assert [line.split(" --out")[0] for line in shown[13]] == [
         "python -m baselines.no_umft --dataset toy --lora all"]
