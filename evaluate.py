@@ -24,7 +24,7 @@ from torch import nn
 import data
 from encoders import BERT, BUILD, AudioViT, DeBERTa, ResNet, ViT
 from harness import arguments, fingerprint, linear, metrics, report, runs
-from harness.models import load_run, pretrained_model
+from harness.models import ADAPTED, load_run, pretrained_model
 from lora import merge_lora
 from prepare import media, toy
 from pretrained import checkpoints
@@ -294,7 +294,7 @@ def public_file(folder: Path, settings: dict, modality: str, name: str, encoder)
 # ---- Opening a run ----
 
 def check_own_prediction(folder: Path, settings: dict) -> None:
-    if settings["method"] not in ("unimodal", "mmlora", "separate", "logits", "no-umft", "full"):
+    if settings["method"] not in ("unimodal", "no-umft", "full", "separate_full", *ADAPTED):
         raise ValueError(f"{folder} is a run of baselines/{settings['method']}.py, which alone can"
                          " predict with it; --probe can test its encoders")
 
@@ -356,7 +356,8 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument("--seeds", type=int, nargs="+", metavar="SEED")
     new.add_argument("--out", default="runs", metavar="FOLDER", help="folder of all runs")
     # `common_settings` and `Run` ask for these, too.
-    p.set_defaults(batch_size=None, micro_batch=None, drop_path=None, precision="fp32", again=True)
+    p.set_defaults(batch_size=None, micro_batch=None, drop_path=None, share=1.0, precision="fp32",
+                   again=True)
     return p
 
 

@@ -8,6 +8,9 @@ from paper.settings import SETTINGS
 
 NAMES = {"unimodal": "alone", "mmlora": "MMLoRA", "full": "Fully fine-tuned UME",
          "no-umft": "MMLoRA without UMFT", "separate": "Control: separate losses",
+         "separate_full": "Control: separate losses, all weights",
+         "small": "Eq. 3 trains something else", "all_linear": "LoRA on all linear layers",
+         "drop_modality": "MMLoRA, modalities dropped",
          "logits": "LoRA on averaged logits", "frozen": "Classifier on frozen features",
          "concat": "Multi-modal baseline", "ogm_ge": "OGM-GE", "g_blending": "G-Blending",
          "pmr": "PMR", "mla": "MLA", "mbt": "MBT", "mmbt": "MMBT", "pmf": "PMF"}
@@ -93,6 +96,12 @@ def row_of(group: list) -> tuple:
     for name, value in settings.get("options", {}).items():
         if value is True:
             label += f", {name.replace('_', ' ')}"
+        elif isinstance(value, str) and value != "adamw":
+            label += f", {value}"
+        elif name == "weights" and value:
+            label += f", weights {' '.join(f'{w:g}' for w in value)}"
+    if "share" in settings:
+        label += f", {100 * settings['share']:g} % of train"
     if "-lr" in group[0].folder.name:
         label += f", lr {settings['lr']:g}"
     return label, [(run.result["test"][settings["fusion"]], run.result) for run in group]

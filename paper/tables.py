@@ -31,7 +31,7 @@ from pretrained.checkpoints import PUBLIC
 # The other tables compare texts, flow or sizes of public encoders, and a toy has none of them.
 TOY_TABLES = (1, 3, 4, 5, 8, 9, 10, 13)
 # What the commands of a table differ in: no option for all of them.
-OF_THE_TABLE = ("--modality", "--lora", "--rank", "--encoder", "--pretrained", "--seed")
+OF_THE_TABLE = ("--modality", "--lora", "--rank", "--encoder", "--pretrained", "--seed", "--share")
 WIDTH = 80                                      # of a table, in columns of the terminal
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -116,6 +116,8 @@ def fits(cell: Cell, run: Run) -> bool:
         if method not in ("mmlora", "full", "separate", "logits"):
             return False
     elif method != asked:
+        return False
+    if run.settings.get("share"):               # trained on a part of the training set
         return False
     if run.folder.parent.name != cell.dataset or run.encoders != cell.encoders:
         return False
