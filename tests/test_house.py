@@ -143,7 +143,7 @@ def room_of(module: str) -> tuple[int, str]:
         room = "what is read" if own[module] == 0 else module.split(".")[0]
         return own[module], room
     folder = module.split(".")[0]
-    return {"pretrained": 1, "prepare": 2, "harness": 3, "baselines": 5, "lessons": 7}[folder], folder
+    return {"pretrained": 1, "prepare": 2, "harness": 3, "baselines": 5, "lessons": 7, "results": 7}[folder], folder
 
 
 @pytest.mark.parametrize("module", MODULES)
