@@ -25,9 +25,9 @@ Where we differ from the authors' code, and why:
     sample has no prototype and takes no part in the softmax.
  3. For some data sets it computes prototypes from validation or test samples. We take train only,
     without augmentation, in eval mode.
- 4. AdamW and our schedule instead of SGD (--optimizer sgd). Momentum 0.2, alpha 1 and mu 1e-2 are the code's and the
-    paper's values. The prototype loss ends after two thirds of the epochs, as theirs does (100 of
-    150).
+ 4. AdamW and our schedule instead of SGD (--optimizer sgd). Momentum 0.2, alpha 1 and mu 1e-2 are
+    the code's and the paper's values. The prototype loss ends after two thirds of the epochs, as
+    theirs does (100 of 150).
  5. Distances by torch.cdist instead of a double loop. Single-label data only: there is no class
     mean with several labels a sample.
  6. With --micro-batch s_m is still that of the whole batch. Its parts are encoded twice for that,

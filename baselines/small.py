@@ -1,7 +1,7 @@
 """What else with few parameters does what LoRA does? The same loss, Eq. 3, trains something else.
 
     python -m baselines.small --what heads                    # the two linear classifiers
-    python -m baselines.small --what biases                   # all biases (BitFit, Zaken et al. 2022)
+    python -m baselines.small --what biases                   # all biases: BitFit (Zaken, 2022)
     python -m baselines.small --what norms                    # gains and biases of all norms
     python -m baselines.small --what temperatures             # one number a modality
     diff train_joint.py baselines/small.py                    # one idea

@@ -9,11 +9,12 @@ stored logits, for data with one label a sample.
 Shapes: N samples, C classes, M modalities.
 """
 import itertools
-import math
+from pathlib import Path
 
 import torch
 
-from harness import metrics
+import data
+from harness import metrics, runs
 
 GRID = [2 ** (i / 4) for i in range(-8, 13)]          # temperatures from 0.25 to 8
 STEPS = 20                                            # weights are multiples of 1/20
@@ -94,6 +95,39 @@ def choose(kind: str, by: str, logits: dict, y: torch.Tensor) -> tuple[dict, dic
         if best is None or key > best_key:
             best, best_key = candidate, key
     return best
+
+
+# ---- Of finished runs ----
+
+def stored(folder: Path, split: str) -> dict[str, dict]:
+    """The stored logits of a run: {"UME": modality -> (N, C), "run": name -> (N, C)}.
+
+    "UME" is what the run started from, if it had a step 1. The average of the probabilities of
+    "run" is the run's own prediction. So a method with a head of its own has "joint" alone, and
+    one that averages logits has their "mean".
+    """
+    run, found = runs.Run.open(folder), {}
+    of_run = run.tensors("logits.safetensors")
+    if "unimodal" in run.settings:
+        found["UME"] = {}
+        for m, base in run.settings["unimodal"].items():
+            alone = runs.Run.open(folder.parent / base["run"])
+            found["UME"][m] = alone.tensors("logits.safetensors")[f"{split}.{m}"]
+    names = list(run.settings.get("encoders") or [run.settings["modality"]])
+    if run.settings.get("fusion") == "joint":
+        names = ["joint"]
+    found["run"] = {name: of_run[f"{split}.{name}"] for name in names}
+    if run.settings.get("fusion") == "logits":
+        found["run"] = metrics.average_logits(found["run"])
+    return found
+
+
+def ume_with_one_temperature(run, info: dict) -> dict:
+    """Test `metrics.rates` of the UME that a run started from; T chosen on validation accuracy."""
+    splits = {name: data.Split(run.data_folder, name) for name in ("val", "test")}
+    val, test = (stored(run.folder, name)["UME"] for name in splits)
+    p = fuse(test, *choose("one", "accuracy", val, splits["val"].labels))
+    return metrics.rates(p, splits["test"].labels, info, splits["test"].groups)
 
 
 def only_one_label(info: dict) -> None:

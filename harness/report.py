@@ -3,7 +3,7 @@ import json
 import math
 from pathlib import Path
 
-from harness import fingerprint, metrics, runs
+from harness import calibration, fingerprint, metrics, runs
 from paper.settings import SETTINGS
 
 NAMES = {"unimodal": "alone", "mmlora": "MMLoRA", "full": "Fully fine-tuned UME",
@@ -56,12 +56,18 @@ def closing_table(group: list) -> None:
             untrained = dict(trained_parameters=0, seconds=0)
             found = [(run.result["ume"]["test"][rule], untrained) for run in group]
             rows.append((f"UME, {name} averaged", found))
+        if not first.info["multilabel"]:
+            found = [(calibration.ume_with_one_temperature(run, first.info), untrained)
+                     for run in group]
+            rows.append(("UME, one temperature", found))
         if first.settings["method"] != "mmlora":
             for beside in mmlora_beside(group):
                 rows.append(row_of(beside))
     rows += rows_of(group)
     print_table(rows, first.data_folder, first.info)
     if "ume" in first.result:
+        if first.info["multilabel"]:
+            print("UME, one temperature: not defined for several labels a sample")
         stayed = [str(r.settings["seed"]) for r in group if r.result["best_epoch"] == 0]
         if stayed:
             print("training did not improve on UME (epoch 0 was the best): seed"

@@ -1,6 +1,6 @@
 """Every number of README.md and docs/toy.md, made again.
 
-    python -m results.study                            # all of it, hours; it goes on where it stopped
+    python -m results.study                      # all of it, hours; it goes on where it stopped
     python -m results.study --worlds toy --seeds 30 31
     python -m results.study --only toy:mmlora 'toy:small*' toy_mimics:concat
     python -m results.study --studies main shares
@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 
 import data
-from harness import arguments, calibration, fingerprint, metrics, report, runs
+from harness import arguments, calibration, compare, fingerprint, metrics, report, runs
 from paper import settings as paper
 from results import tables
 
@@ -40,7 +40,7 @@ WORLDS = ("toy", "toy_mismatched", "toy_mimics")
 STUDIES = ("main", "ablations", "shares", "laziness", "missing")
 FRESH = tuple(range(30, 40))           # no world and no rate was chosen on them
 TUNED_ON = (0, 1)
-SERIES = [digit * 10 ** k for k in range(-7, 2) for digit in (1, 3)]
+SERIES = [float(f"{digit}e{k}") for k in range(-7, 2) for digit in (1, 3)]
 MOST_RATES = 7                         # an edge may win so long
 RANKS = (2, 4, 8, 64)
 SHARES = {0.3: 3, 0.1: 6}              # share of train -> epochs times so many: about as many steps
@@ -92,6 +92,7 @@ OF_A_SHARE = {name: MAIN[name] for name in ("mmlora", "separate", "full_ume", "n
 OF_A_SHARE["mmlora r8"] = ABLATIONS["rank 8"]
 PROBED = ("concat", "ogm_ge", "mmlora")
 LACK = ("mmlora", "separate", "full_ume", "drop_modality")
+GAINS = ("mmlora", "separate", "full_ume", "separate_full")
 
 
 # ---- Training, with the real scripts ----
@@ -212,7 +213,7 @@ def alone(modality: str) -> Row:
 
 
 def store_rate(world, name, command_line, rate, tried) -> None:
-    validation = {f"{r:g}": None if s is None else 100 * s[0] for r, s in tried.items()}
+    validation = {f"{r:g}": None if s is None else percent(s[0]) for r, s in tried.items()}
     store("rates", world, name, dict(command=command_line, rate=rate, validation=validation,
                                      commit=runs.commit()))
 
@@ -254,12 +255,17 @@ def record(label: str, command_line: str, found: dict[int, runs.Run], numbers) -
                 seeds={str(seed): numbers(run) for seed, run in sorted(found.items())})
 
 
+def percent(share: float) -> float:
+    """In %, rounded: equal counts of right samples must be equal numbers."""
+    return round(100 * share, 4)
+
+
 def numbers_of(run: runs.Run) -> dict:
     fusion = run.settings.get("fusion") or run.settings["modality"]
     test = run.result["test"][fusion]
-    return dict(accuracy=100 * test["accuracy"], loss=test["loss"],
-                groups={name: 100 * value for name, value in test.get("groups", {}).items()},
-                validation=100 * run.result["val"][fusion]["accuracy"],
+    groups = {name: percent(value) for name, value in test.get("groups", {}).items()}
+    return dict(accuracy=percent(test["accuracy"]), loss=round(test["loss"], 4), groups=groups,
+                validation=percent(run.result["val"][fusion]["accuracy"]),
                 best_epoch=run.result["best_epoch"])
 
 
@@ -282,6 +288,8 @@ def main_study(args, world: str) -> None:
     for name, row in MAIN.items():
         if wanted(args, world, name):
             found = train_row(args, "main", world, name, row)
+            if name in GAINS:
+                store_gain(args, world, name, row, found)
             if name == "mmlora":
                 store_step_1(world, found)
                 store_chosen(args, world, found)
@@ -313,12 +321,24 @@ def store_chosen(args, world: str, found: dict) -> None:
                 store("main", world, base + suffix, posthoc(label + more, found, numbers))
 
     def of_logits(run):
-        return dict(accuracy=100 * run.result["ume"]["test"]["logits"]["accuracy"])
+        return dict(accuracy=percent(run.result["ume"]["test"]["logits"]["accuracy"]))
     store("main", world, "ume_logits", posthoc("UME, logits averaged", found, of_logits))
 
     def calibrated(run):
         return chosen_numbers(args, world, run, "mmlora", None)
     store("main", world, "mmlora_T_none", posthoc("MMLoRA, T = 1", found, calibrated))
+
+
+def store_gain(args, world: str, name: str, row: Row, found: dict) -> None:
+    """Where a row is better than UME: both, one or none of the models of step 1 right."""
+    def numbers(run):
+        y, ume = labels_of(args, world, run, "test"), logits_of(run, "ume", "test")
+        right = metrics.fuse(logits_of(run, "own", "test")).argmax(1) == y
+        right_ume = metrics.fuse(ume).argmax(1) == y
+        gain = compare.gain_by_experts(right, right_ume, [z.argmax(1) == y for z in ume.values()])
+        return {group: [round(share, 4), round(points, 4)]
+                for group, (share, points) in gain.items()}
+    store("main", world, f"{name}_gain", posthoc(row.label, found, numbers, name))
 
 
 def posthoc(label: str, found: dict, numbers, trained: str = "mmlora") -> dict:
@@ -328,12 +348,8 @@ def posthoc(label: str, found: dict, numbers, trained: str = "mmlora") -> dict:
 
 
 def logits_of(run: runs.Run, base: str, split: str) -> dict:
-    """Modality -> logits (N, C): of the ensemble that a run started from, or its own."""
-    if base == "ume":
-        alone_runs = step_1_of(run)
-        return {m: alone_runs[m].tensors("logits.safetensors")[f"{split}.{m}"] for m in alone_runs}
-    stored = run.tensors("logits.safetensors")
-    return {m: stored[f"{split}.{m}"] for m in run.settings["encoders"]}
+    """Modality -> logits (N, C): of the ensemble that a run started from, "ume", or its own."""
+    return calibration.stored(run.folder, split)["UME" if base == "ume" else "run"]
 
 
 def labels_of(args, world: str, run: runs.Run, split: str) -> torch.Tensor:
@@ -347,9 +363,11 @@ def chosen_numbers(args, world: str, run: runs.Run, base: str, choice) -> dict:
         chosen = calibration.choose(*choice, val, labels_of(args, world, run, "val"))
     p = calibration.fuse(test, *chosen)
     scores = calibration.scores(p, labels_of(args, world, run, "test"))
-    out = dict(accuracy=100 * scores["accuracy"], nll=scores["nll"], ece=100 * scores["ece"])
+    out = dict(accuracy=percent(scores["accuracy"]), nll=round(scores["nll"], 4),
+               ece=percent(scores["ece"]))
     if choice:
-        out.update(temperatures=chosen[0], weights=chosen[1])
+        values = chosen[1] if choice[0] == "weighted" else chosen[0]
+        out["chosen"] = {m: round(value, 4) for m, value in values.items()}
     return out
 
 
@@ -411,7 +429,7 @@ def laziness_study(args, world: str) -> None:
             seeds = {}
             for seed in args.seeds:
                 file = Path(args.out, world, f"probe-{m}-{encoder}-s{seed}", "probe.json")
-                seeds[str(seed)] = {m: 100 * runs.read_json(file)[m]["test"]["accuracy"]}
+                seeds[str(seed)] = {m: percent(runs.read_json(file)[m]["test"]["accuracy"])}
             store("laziness", world, f"pretrained_{m}", dict(
                 label=f"pre-trained, {m}", seeds=seeds, commits=[str(runs.commit())],
                 command=f"python evaluate.py --probe --dataset {world} --modality {m} --seeds "
@@ -426,7 +444,7 @@ def store_probe(args, world: str, name: str, label: str, found: dict) -> None:
 
     def numbers(run):
         probed = runs.read_json(run.folder / "probe.json")
-        return {m: 100 * probed[m]["test"]["accuracy"] for m in probed}
+        return {m: percent(probed[m]["test"]["accuracy"]) for m in probed}
     full = record(label, "python evaluate.py --probe --run RUN ...", found, numbers)
     kept = ("label", "command", "commits", "versions", "seeds")
     store("laziness", world, name, {key: full[key] for key in kept})
@@ -452,7 +470,7 @@ def missing_study(args, world: str) -> None:
                     out = {}
                     for share in LACKING:
                         p = metrics.fuse_missing(test, [m], share)
-                        out[f"{share:g}"] = 100 * calibration.accuracy(p, labels)
+                        out[f"{share:g}"] = percent(calibration.accuracy(p, labels))
                     return out
                 label = "UME" if base == "ume" else row.label
                 store("missing", world, f"{base}, no {m}", posthoc(label, found, numbers, name))
