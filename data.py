@@ -34,9 +34,12 @@ class Split:
 
     labels: int64 (N,) or uint8 (N, C); arrays: modality -> memory-mapped array; kinds: modality ->
     kind. Opening a split reads only the labels. Raises ValueError where an array has another N.
+
+    settings: with a `share` in them, only that share of the samples, drawn with their `seed`. A
+    smaller share is a part of a larger one. rows: which rows of the arrays these samples are, (N,).
     """
 
-    def __init__(self, folder: Path, name: str):
+    def __init__(self, folder: Path, name: str, settings: dict | None = None):
         info = json.loads((folder / "dataset.json").read_text())
         self.kinds = info["modalities"]
         self.groups = groups_of(folder / name, info)
@@ -53,12 +56,22 @@ class Split:
                 raise ValueError(f"{folder / name}: {len(self.labels)} labels, but {len(array)}"
                                  f" rows in {key}.npy; prepare the data set again")
             self.arrays[key] = array
+        self.rows = torch.arange(len(self.labels))
+        if settings and "share" in settings:
+            self.keep(settings["share"], settings["seed"])
+
+    def keep(self, share: float, seed: int) -> None:
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        self.rows = order[:math.ceil(share * len(self))].sort().values
+        self.labels = self.labels[self.rows]
+        self.groups = {name: members[self.rows] for name, members in self.groups.items()}
 
     @classmethod
     def of(cls, kinds: dict, arrays: dict, labels: torch.Tensor) -> "Split":
         """A split that was never stored. kinds, arrays: modality -> kind, array (N, ...)."""
         split = cls.__new__(cls)
         split.kinds, split.arrays, split.labels, split.groups = kinds, arrays, labels, {}
+        split.rows = torch.arange(len(labels))
         return split
 
     def __len__(self):
@@ -141,7 +154,7 @@ def model_input(split: Split, modality: str, index: torch.Tensor, encoder, devic
     area; `flip`; `audio_shift`, in frames of the spectrogram. With `rng` augmented.
     """
     kind = split.kinds[modality]
-    rows = index.numpy()
+    rows = split.rows[index].numpy()
     if kind == "text":
         # text.npy has the ids of the data set's own vocabulary. The encoder may read another.
         other = f"{modality}.{encoder.tokenizer}"

@@ -2,6 +2,8 @@
 
     python evaluate.py --run runs/toy/mmlora-all-r1-s0                     # from the stored weights
     python evaluate.py --run runs/toy/mmlora-all-r1-s0 --fusion entropy --plot
+    python evaluate.py --run runs/toy/mmlora-all-r1-s0 --temperature       # chosen on validation
+    python evaluate.py --compare runs/toy/mmlora-all-r1-s0 ume --seeds 0 1 2      # paired; p values
     python evaluate.py --run runs/toy/mmlora-all-r1-s0 --drop audio        # nothing can be heard
     python evaluate.py --run runs/toy/mmlora-all-r1-s0 --drop audio --missing 0 0.3 0.7 1
     python evaluate.py --run runs/toy/mmlora-all-r1-s0 --probe             # Tables 3 and 8
@@ -13,6 +15,7 @@ The paper's tables beside our runs: `python -m paper.tables 5`.
 """
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,8 +26,9 @@ from torch import nn
 
 import data
 from encoders import BERT, BUILD, AudioViT, DeBERTa, ResNet, ViT
-from harness import arguments, fingerprint, linear, metrics, report, runs
-from harness.models import load_run, pretrained_model
+from harness import (arguments, calibration, compare, fingerprint, linear, metrics, report,
+                     runs)
+from harness.models import ADAPTED, load_run, pretrained_model
 from lora import merge_lora
 from prepare import media, toy
 from pretrained import checkpoints
@@ -80,6 +84,171 @@ def score_rows(args, folder: Path, where: Path, info: dict, settings: dict, mode
     dropped = f", without {', '.join(args.drop)}" if args.drop and not args.missing else ""
     print(f"\n{folder}{dropped}", end="")
     return [(label, [(score, None)]) for label, score in rows]
+
+
+# ---- From stored logits, no model needed: temperatures, weights ----
+
+def calibration_rows(args, folder: Path) -> dict[str, dict]:
+    """Label -> test accuracy, NLL, ECE: as it is, and with what validation chose; of UME and of the
+    run itself. The labels are the same for all seeds; what was chosen is printed."""
+    where, info, settings = open_data_of(args, folder)
+    y = {split: data.Split(where, split).labels for split in ("val", "test")}
+    val, test = (calibration.stored(folder, split) for split in ("val", "test"))
+    asked = [("T", args.temperature, by) for by in ("accuracy", "nll") if args.temperature]
+    if args.fusion == "weighted":
+        asked.append(("weights", "weighted", "accuracy"))
+    rows = {}
+    print(f"\n{folder}. Chosen on validation:")
+    for base, of_test in test.items():
+        name = base if base == "UME" else report.NAMES[settings["method"]]
+        p = calibration.fuse(of_test, *calibration.unchanged(list(of_test)))
+        rows[name] = calibration.scores(p, y["test"])
+        for what, kind, by in asked:
+            temperatures, weights = calibration.choose(kind, by, val[base], y["val"])
+            p = calibration.fuse(of_test, temperatures, weights)
+            label = f"{name}, {what} by {by if by == 'accuracy' else by.upper()}"
+            rows[label] = calibration.scores(p, y["test"])
+            chosen = temperatures if what == "T" else weights
+            told = ", ".join(f"{m} {value:.3g}" for m, value in chosen.items())
+            print(f"    {label}: {told}")
+    return rows
+
+
+def open_data_of(args, folder: Path) -> tuple:
+    """-> folder of the prepared data of a finished run, its dataset.json, the run's settings.
+
+    Raises ValueError for data with several labels a sample.
+    """
+    runs.check_finished(folder)
+    say_changes(folder)
+    settings = runs.read_json(folder / "config.json")["settings"]
+    where = arguments.find(args.data_root, settings["dataset"], settings["seed"])
+    info = runs.read_json(where / "dataset.json")
+    calibration.only_one_label(info)
+    return where, info, settings
+
+
+def show_calibration(args) -> None:
+    """A table a run; of runs that differ in the seed alone also the mean."""
+    same = {}
+    for folder in args.run:
+        rows = calibration_rows(args, folder)
+        print_calibration(str(folder), [rows])
+        settings = runs.read_json(folder / "config.json")["settings"]
+        same.setdefault(runs.but_seed(settings), []).append((folder.name, rows))
+    for group in same.values():
+        if len(group) > 1:
+            names, tables = zip(*group)
+            print_calibration("Mean +- standard deviation of " + ", ".join(names), tables)
+
+
+def print_calibration(title: str, tables) -> None:
+    print(f"\n{title}: test. ECE: {calibration.BINS} bins of equal width.")
+    print(f"{'':36}{'accuracy':>14}{'NLL':>16}{'ECE, %':>14}")
+    for label in tables[0]:
+        cells = ""
+        for key, times, digits, width in (("accuracy", 100, 1, 14), ("nll", 1, 3, 16),
+                                          ("ece", 100, 1, 14)):
+            mean, std = report.mean_std([times * rows[label][key] for rows in tables])
+            text = f"{mean:.{digits}f}"
+            if len(tables) > 1:
+                text += f" +- {std:.{digits}f}"
+            cells += f"{text:>{width}}"
+        if len(label) > 36:                               # on a line of its own
+            print(label)
+            label = ""
+        print(f"{label:36}{cells}")
+
+
+# ---- Two methods on the same samples ----
+
+def show_comparison(args) -> None:
+    """--compare A B: the same test samples, seed by seed; then over the seeds."""
+    folder_a, folder_b = args.compare
+    ume = str(folder_b) == "ume"                          # of A
+    if ume:
+        folder_b = folder_a
+    differences, gains = [], []
+    print(f"\nA {folder_a}\nB {'what A started from, UME' if ume else folder_b}\n")
+    print(f"{'seed':>6}{'A':>8}{'B':>8}{'A - B':>8}{'both right':>13}{'only A':>9}{'only B':>9}"
+          f"{'neither':>9}{'p':>9}")
+    for seed in args.seeds or [None]:
+        a, b = with_seed(folder_a, seed), with_seed(folder_b, seed)
+        where, _, settings = open_data_of(args, a)
+        if not ume:
+            open_data_of(args, b)
+            check_same_samples(a, b)
+        y = data.Split(where, "test").labels
+        right_a, right_b = right_of(a, "run", y), right_of(b, "UME" if ume else "run", y)
+        of_a, of_b = (100 * float(right.double().mean()) for right in (right_a, right_b))
+        differences.append(of_a - of_b)
+        t = compare.table(right_a, right_b)
+        print(f"{settings['seed']:>6}{of_a:>8.1f}{of_b:>8.1f}{of_a - of_b:>+8.2f}"
+              f"{t['both']:>13}{t['only_a']:>9}{t['only_b']:>9}{t['neither']:>9}{t['p']:>9.2g}")
+        experts = experts_of((a, b), y)
+        if experts:
+            gains.append(compare.gain_by_experts(right_a, right_b, experts))
+    print("p: McNemar's exact test on the samples that only one of them gets right.")
+    print_over_seeds(differences)
+    print_gains(gains)
+
+
+def with_seed(folder: Path, seed: int | None) -> Path:
+    if seed is None:
+        return folder
+    name, found = re.subn(r"-s\d+$", f"-s{seed}", folder.name)
+    if not found:
+        raise ValueError(f"{folder}: --seeds needs names that end in a seed, like mmlora-all-r1-s0")
+    return folder.with_name(name)
+
+
+def check_same_samples(a: Path, b: Path) -> None:
+    """ValueError for runs on other data or, of a toy, of other seeds: no pairs of samples."""
+    first, second = (runs.read_json(folder / "config.json") for folder in (a, b))
+    if first["fingerprint"]["data"] != second["fingerprint"]["data"]:
+        raise ValueError(f"{a} and {b} were made on different data: their samples are not pairs")
+
+
+def right_of(folder: Path, which: str, y: torch.Tensor) -> torch.Tensor:
+    """Which test samples the "run", or the "UME" that it started from, gets right: bool (N,)."""
+    stored = calibration.stored(folder, "test")
+    if which not in stored:
+        raise ValueError(f"{folder} did not start from a UME: it has no step 1")
+    return metrics.fuse(stored[which]).argmax(1) == y
+
+
+def experts_of(folders, y: torch.Tensor) -> list[torch.Tensor]:
+    """Which test samples each model of step 1 gets right, alone; [] if no run had a step 1."""
+    for folder in folders:
+        stored = calibration.stored(folder, "test")
+        if "UME" in stored:
+            return [z.argmax(1) == y for z in stored["UME"].values()]
+    return []
+
+
+def print_over_seeds(differences: list[float]) -> None:
+    found = compare.paired(differences)
+    if found["n"] == 1:
+        print("\nOne seed shows how sure this pair of runs is, not how sure the methods are: give"
+              " --seeds.")
+        return
+    t = "" if found["t"] is None else f", t {found['t']:.2f}"
+    print(f"\nA - B over {found['n']} seeds, in points: {found['mean']:+.2f} +- {found['se']:.2f}"
+          f" (standard error){t}, p {found['p']:.2g}")
+
+
+def print_gains(gains: list[dict]) -> None:
+    """Where the difference comes from; means over the seeds."""
+    if not gains:
+        print("\nNeither run has a step 1, so nobody knows which modality alone is right.")
+        return
+    print(f"\n{'each modality alone (UMFT) is right:':38}{'all':>10}{'some':>10}{'none':>10}")
+    shares, points = "", ""
+    for group in ("all", "some", "none"):
+        shares += f"{report.mean_std([gain[group][0] for gain in gains])[0]:>10.1f}"
+        points += f"{report.mean_std([gain[group][1] for gain in gains])[0]:>+10.2f}"
+    print(f"{'share of the samples, %':38}{shares}")
+    print(f"{'A - B there, points of all samples':38}{points}")
 
 
 # ---- Linear evaluation (Tables 3, 4, 8) ----
@@ -294,7 +463,7 @@ def public_file(folder: Path, settings: dict, modality: str, name: str, encoder)
 # ---- Opening a run ----
 
 def check_own_prediction(folder: Path, settings: dict) -> None:
-    if settings["method"] not in ("unimodal", "mmlora", "separate", "logits", "no-umft", "full"):
+    if settings["method"] not in ("unimodal", "no-umft", "full", "separate_full", *ADAPTED):
         raise ValueError(f"{folder} is a run of baselines/{settings['method']}.py, which alone can"
                          " predict with it; --probe can test its encoders")
 
@@ -325,8 +494,15 @@ def parser() -> argparse.ArgumentParser:
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", nargs="+", type=Path, metavar="RUN",
                    help="finished runs; of those that differ in the seed alone also the mean")
-    p.add_argument("--fusion", choices=metrics.FUSIONS,
-                   help="what is averaged; default: what the run was trained with")
+    p.add_argument("--fusion", choices=(*metrics.FUSIONS, "weighted"),
+                   help="what is averaged; weighted: one weight a modality, chosen on validation;"
+                        " default: what the run was trained with")
+    p.add_argument("--temperature", nargs="?", const="one", choices=("one", "each"),
+                   help="divide the logits by a number chosen on validation, one for all modalities"
+                        " or one for each: test accuracy, NLL and ECE before and after")
+    p.add_argument("--compare", nargs=2, type=Path, metavar=("RUN-A", "RUN-B"),
+                   help="two finished runs on the same test samples; RUN-B may be ume, what RUN-A"
+                        " started from; with --seeds for all of these seeds")
     p.add_argument("--plot", action="store_true",
                    help="draw each run's training curves (needs matplotlib)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -356,7 +532,8 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument("--seeds", type=int, nargs="+", metavar="SEED")
     new.add_argument("--out", default="runs", metavar="FOLDER", help="folder of all runs")
     # `common_settings` and `Run` ask for these, too.
-    p.set_defaults(batch_size=None, micro_batch=None, drop_path=None, precision="fp32", again=True)
+    p.set_defaults(batch_size=None, micro_batch=None, drop_path=None, share=1.0, precision="fp32",
+                   again=True)
     return p
 
 
@@ -369,11 +546,21 @@ def main() -> None:
         for folder in args.run:
             show_clip(folder, args)
         return
+    if args.compare:
+        if args.run or args.probe or args.temperature or args.fusion:
+            raise ValueError("--compare stands alone, with --seeds at most")
+        return show_comparison(args)
+    if args.run and (args.temperature or args.fusion == "weighted"):
+        if args.drop or args.probe or args.export:
+            raise ValueError("--temperature and --fusion weighted read stored logits: not with"
+                             " --drop, --missing, --probe or --export")
+        return show_calibration(args)
     if args.export and len(args.run or ()) != 1:
         raise ValueError("--export takes one --run")
     pretrained = args.probe and args.dataset and args.modality
     if bool(args.run) == bool(pretrained):
-        raise ValueError("give one of: --run RUN, --probe --dataset NAME --modality NAME")
+        raise ValueError("give one of: --run RUN, --compare RUN-A RUN-B, --probe --dataset NAME"
+                         " --modality NAME")
     if args.missing and not (args.drop and all(0 <= share <= 1 for share in args.missing)):
         raise ValueError("--missing needs --drop MODALITY and shares from 0 to 1: 0.7 = 70 % of the"
                          " samples lack that modality")

@@ -25,16 +25,19 @@ import data
 from baselines import parts
 from harness import arguments, metrics, optim, runs
 
+OPTIONS = ("optimizer",)
+
 
 def train(args, seed: int) -> runs.Run:
     folder, info = arguments.open_data(args, seed)
-    settings = arguments.joint_settings(args, seed, info, "concat")
+    lr = parts.lr_of(args.optimizer)
+    settings = arguments.joint_settings(args, seed, info, "concat", lr=lr, options=OPTIONS)
     run = runs.Run(args, arguments.run_name(args, settings), settings, folder, info, __file__)
     if run.finished:
         return run
 
     # ---- Data ----
-    train_split, val_split = data.Split(folder, "train"), data.Split(folder, "val")
+    train_split, val_split = data.Split(folder, "train", settings), data.Split(folder, "val")
     steps_per_epoch = math.ceil(len(train_split) / settings["batch_size"])
     steps = settings["epochs"] * steps_per_epoch
 
@@ -46,7 +49,8 @@ def train(args, seed: int) -> runs.Run:
     models.to(args.device)
 
     # ---- Optimiser ----
-    optimizer = optim.make_optimizer("adamw", models, settings["lr"], settings["weight_decay"])
+    optimizer = optim.make_optimizer(args.optimizer, models, settings["lr"],
+                                     settings["weight_decay"])
 
     def forward(x):                       # in training and in validation
         h = parts.features(models, x, args.device, settings)
@@ -88,6 +92,7 @@ def train(args, seed: int) -> runs.Run:
 
 def parser():
     p = arguments.parser(__doc__, __file__)
+    parts.add_optimizer(p)
     return p
 
 

@@ -2,6 +2,7 @@
 Classification Networks Hard?", CVPR 2020; facebookresearch/VMZ).
 
     python -m baselines.g_blending --dataset crema_d
+    python -m baselines.g_blending --weights 1 1 1       # control: the joint loss and all others
 
 Modalities overfit at different speeds, so no single moment is right to stop them all. G-Blending
 gives every modality a head of its own beside the joint one: K = M + 1 heads, for M >= 2 modalities.
@@ -18,7 +19,7 @@ super-epoch on loss k alone, tells w_k, and is thrown away. At test the joint he
 
 Where we differ from the authors' code, and why:
  1. It takes fixed weights (--audio_weight and so on) and can't estimate them (issue 133). We
-    estimate them as the paper says.
+    estimate them as the paper says. --weights fixes them; then all of train is trained on.
  2. LV is measured on a tenth of train, on which no copy and no model is trained. It is not measured
     on validation, which chooses the epoch, nor on test, as BalanceBenchmark does for most data
     sets. So the model is trained on a tenth fewer samples than in the other methods.
@@ -40,7 +41,7 @@ import data
 from baselines import parts
 from harness import arguments, metrics, optim, runs
 
-OPTIONS = ("super_epoch", "held_out")
+OPTIONS = ("super_epoch", "held_out", "weights")
 
 
 def blend_weights(train_before, train_after, held_before, held_after) -> torch.Tensor:
@@ -65,14 +66,19 @@ def train(args, seed: int) -> runs.Run:
                          " and 1")
     folder, info = arguments.open_data(args, seed)
     settings = arguments.joint_settings(args, seed, info, "g_blending", options=OPTIONS)
+    fixed = args.weights
+    if fixed and (len(fixed) != 1 + len(settings["encoders"]) or min(fixed) < 0 or sum(fixed) == 0):
+        raise ValueError(f"--weights {' '.join(map(str, fixed))}: one number for the joint head and"
+                         f" one for each of {', '.join(settings['encoders'])}; not negative, not"
+                         " all zero")
     run = runs.Run(args, arguments.run_name(args, settings), settings, folder, info, __file__)
     if run.finished:
         return run
 
     # ---- Data ----
-    train_split, val_split = data.Split(folder, "train"), data.Split(folder, "val")
+    train_split, val_split = data.Split(folder, "train", settings), data.Split(folder, "val")
     order = torch.randperm(len(train_split), generator=torch.Generator().manual_seed(seed))
-    size = math.ceil(args.held_out * len(train_split))
+    size = 0 if fixed else math.ceil(args.held_out * len(train_split))
     held, kept = order[:size], order[size:]                   # one to measure, one to train on
     steps_per_epoch = math.ceil(len(kept) / settings["batch_size"])
     steps = settings["epochs"] * steps_per_epoch
@@ -87,7 +93,8 @@ def train(args, seed: int) -> runs.Run:
     heads = ["joint", *settings["encoders"]]
     models["blend"] = torch.nn.Module()
     # w is a buffer, so that a resumed run has it.
-    models["blend"].register_buffer("w", torch.full((len(heads),), 1 / len(heads)))
+    w = torch.tensor(fixed or [1.0] * len(heads))
+    models["blend"].register_buffer("w", w / w.sum())
     models.to(args.device)
 
     # ---- Optimiser ----
@@ -153,7 +160,7 @@ def train(args, seed: int) -> runs.Run:
     for epoch in range(first_epoch, settings["epochs"] + 1):
         models.train()
         # ---- G-Blending: new weights every super-epoch ----
-        if (epoch - 1) % args.super_epoch == 0:
+        if not fixed and (epoch - 1) % args.super_epoch == 0:
             models["blend"].w.copy_(estimate(epoch))
         w = dict(zip(heads, models["blend"].w))
         rng = data.epoch_rng(seed, epoch)                     # all randomness of this epoch
@@ -188,6 +195,9 @@ def parser():
                      help="epochs between two estimates of the weights; default: 10")
     own.add_argument("--held-out", type=float, default=0.1,
                      help="share of train that only measures generalisation; default: 0.1")
+    own.add_argument("--weights", type=float, nargs="+", metavar="W",
+                     help="fixed weights of the losses, of the joint head first; nothing is held"
+                          " out, no copy is trained; default: estimate them")
     return p
 
 

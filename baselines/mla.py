@@ -41,7 +41,7 @@ Where we differ from the authors' code, and why:
     was written for they were zeros.
  8. AdamW instead of SGD. It divides the projected gradient by its running size, element by element,
     which turns a small step into a full one, slightly off its direction: the protection of seen
-    features is weaker than with SGD.
+    features is weaker than with SGD (--optimizer sgd).
  9. --separate-heads: no shared head, hence no projection: uni-modal training with entropy fusion,
     the control that its reviewers asked for.
 """
@@ -53,7 +53,7 @@ import data
 from baselines import parts
 from harness import arguments, metrics, optim, runs
 
-OPTIONS = ("order", "alpha", "no_projection", "separate_heads")
+OPTIONS = ("order", "alpha", "no_projection", "separate_heads", "optimizer")
 
 
 class Projection(torch.nn.Module):
@@ -95,13 +95,14 @@ def train(args, seed: int) -> runs.Run:
     if sorted(order) != sorted(modalities):
         raise ValueError(f"--order {' '.join(order)}: {args.dataset} has {', '.join(modalities)},"
                          " each takes one turn")
-    settings = arguments.joint_settings(args, seed, info, "mla", options=OPTIONS)
+    lr = parts.lr_of(args.optimizer)
+    settings = arguments.joint_settings(args, seed, info, "mla", lr=lr, options=OPTIONS)
     run = runs.Run(args, arguments.run_name(args, settings), settings, folder, info, __file__)
     if run.finished:
         return run
 
     # ---- Data ----
-    train_split, val_split = data.Split(folder, "train"), data.Split(folder, "val")
+    train_split, val_split = data.Split(folder, "train", settings), data.Split(folder, "val")
     steps_per_epoch = math.ceil(len(train_split) / settings["batch_size"])
     steps = settings["epochs"] * steps_per_epoch
 
@@ -125,7 +126,8 @@ def train(args, seed: int) -> runs.Run:
     models.to(args.device)
 
     # ---- Optimiser ----
-    optimizer = optim.make_optimizer("adamw", models, settings["lr"], settings["weight_decay"])
+    optimizer = optim.make_optimizer(args.optimizer, models, settings["lr"],
+                                     settings["weight_decay"])
 
     def alone(m, x):                      # one modality: its feature (B, D) and its logits (B, C)
         h = parts.features(models, {m: x[m]}, args.device, settings)[m]
@@ -191,6 +193,7 @@ def parser():
                      help="leave the head's gradient as it is")
     own.add_argument("--separate-heads", action="store_true",
                      help="a head for every modality, also where encoders have different widths")
+    parts.add_optimizer(own)
     return p
 
 

@@ -25,7 +25,7 @@ Where we differ from the authors' code, and why:
     it (issue 22), and BalanceBenchmark does it. --conv-only is their code.
  2. It optimises with SGD, we with AdamW, as everywhere here. AdamW divides by the running size of
     a gradient. So a factor k that stays the same cancels out: only its changes, and the noise, are
-    felt. Judge OGM with that in mind.
+    felt. --optimizer sgd shows OGM as it is meant (compare with concat.py's).
  3. It modulates epochs 0 to 50 of 100. We modulate the first half of the epochs. The default of
     alpha is in doubt (issue 45); 0.3 is their example's.
  4. std(g) is that of the elements of one tensor before modulation, as in their code. The paper
@@ -44,7 +44,7 @@ import data
 from baselines import parts
 from harness import arguments, metrics, optim, runs
 
-OPTIONS = ("alpha", "no_ge", "conv_only", "modulated_epochs")
+OPTIONS = ("alpha", "no_ge", "conv_only", "modulated_epochs", "optimizer")
 
 
 def coefficients(scores: dict, alpha: float) -> dict:
@@ -85,13 +85,14 @@ def modulate(encoder, k, noise: bool, conv_only: bool) -> None:
 def train(args, seed: int) -> runs.Run:
     folder, info = arguments.open_data(args, seed)
     parts.one_label("ogm_ge", args, info)
-    settings = arguments.joint_settings(args, seed, info, "ogm_ge", options=OPTIONS)
+    lr = parts.lr_of(args.optimizer)
+    settings = arguments.joint_settings(args, seed, info, "ogm_ge", lr=lr, options=OPTIONS)
     run = runs.Run(args, arguments.run_name(args, settings), settings, folder, info, __file__)
     if run.finished:
         return run
 
     # ---- Data ----
-    train_split, val_split = data.Split(folder, "train"), data.Split(folder, "val")
+    train_split, val_split = data.Split(folder, "train", settings), data.Split(folder, "val")
     steps_per_epoch = math.ceil(len(train_split) / settings["batch_size"])
     steps = settings["epochs"] * steps_per_epoch
 
@@ -103,7 +104,8 @@ def train(args, seed: int) -> runs.Run:
     models.to(args.device)
 
     # ---- Optimiser ----
-    optimizer = optim.make_optimizer("adamw", models, settings["lr"], settings["weight_decay"])
+    optimizer = optim.make_optimizer(args.optimizer, models, settings["lr"],
+                                     settings["weight_decay"])
 
     def forward(x):                       # in training and in validation
         h = parts.features(models, x, args.device, settings)
@@ -167,6 +169,7 @@ def parser():
                      help="modulate convolutions only, as the authors' code does")
     own.add_argument("--modulated-epochs", type=int,
                      help="modulate in the first so many epochs; default: half of them")
+    parts.add_optimizer(own)
     return p
 
 

@@ -13,6 +13,8 @@ from encoders import BERT, BUILD, AudioViT, ViT, padding_mask
 from harness import metrics
 from harness.models import load_unimodal, pretrained_model
 
+SGD_LR = 0.03      # ours
+
 
 # ---- Models ----
 
@@ -70,6 +72,21 @@ def features(models: nn.ModuleDict, x: dict, device: str, settings: dict) -> dic
     with metrics.autocast(device, settings):
         h = {m: models[m].features(x[m]) for m in x}
     return {m: v.float() for m, v in h.items()}
+
+
+# ---- --optimizer, for methods whose authors train with SGD ----
+
+def add_optimizer(p) -> None:
+    """AdamW divides a gradient by its running size. What a method does to that size is lost in
+    part; SGD shows it."""
+    p.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw",
+                   help=f"sgd has momentum 0.9 and the rate {SGD_LR:g}; default: adamw, as all"
+                        " methods here")
+
+
+def lr_of(optimizer: str) -> float | None:
+    """The default learning rate; None: that of joint training, which is AdamW's."""
+    return SGD_LR if optimizer == "sgd" else None
 
 
 # ---- What a run stores ----

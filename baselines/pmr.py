@@ -25,9 +25,9 @@ Where we differ from the authors' code, and why:
     sample has no prototype and takes no part in the softmax.
  3. For some data sets it computes prototypes from validation or test samples. We take train only,
     without augmentation, in eval mode.
- 4. AdamW and our schedule instead of SGD. Momentum 0.2, alpha 1 and mu 1e-2 are the code's and the
-    paper's values. The prototype loss ends after two thirds of the epochs, as theirs does (100 of
-    150).
+ 4. AdamW and our schedule instead of SGD (--optimizer sgd). Momentum 0.2, alpha 1 and mu 1e-2 are
+    the code's and the paper's values. The prototype loss ends after two thirds of the epochs, as
+    theirs does (100 of 150).
  5. Distances by torch.cdist instead of a double loop. Single-label data only: there is no class
     mean with several labels a sample.
  6. With --micro-batch s_m is still that of the whole batch. Its parts are encoded twice for that,
@@ -42,7 +42,8 @@ import data
 from baselines import parts
 from harness import arguments, metrics, optim, runs
 
-OPTIONS = ("alpha", "pce_epochs", "mu", "per_epochs", "momentum", "share")
+OPTIONS = ("alpha", "pce_epochs", "mu", "per_epochs", "momentum", "prototype_share",
+           "optimizer")
 
 
 class Prototypes(torch.nn.Module):
@@ -121,13 +122,14 @@ def a_share_of_every_class(labels: torch.Tensor, share: float, seed: int) -> tor
 def train(args, seed: int) -> runs.Run:
     folder, info = arguments.open_data(args, seed)
     parts.one_label("pmr", args, info)
-    settings = arguments.joint_settings(args, seed, info, "pmr", options=OPTIONS)
+    lr = parts.lr_of(args.optimizer)
+    settings = arguments.joint_settings(args, seed, info, "pmr", lr=lr, options=OPTIONS)
     run = runs.Run(args, arguments.run_name(args, settings), settings, folder, info, __file__)
     if run.finished:
         return run
 
     # ---- Data ----
-    train_split, val_split = data.Split(folder, "train"), data.Split(folder, "val")
+    train_split, val_split = data.Split(folder, "train", settings), data.Split(folder, "val")
     steps_per_epoch = math.ceil(len(train_split) / settings["batch_size"])
     steps = settings["epochs"] * steps_per_epoch
 
@@ -141,7 +143,8 @@ def train(args, seed: int) -> runs.Run:
     models.to(args.device)
 
     # ---- Optimiser ----
-    optimizer = optim.make_optimizer("adamw", models, settings["lr"], settings["weight_decay"])
+    optimizer = optim.make_optimizer(args.optimizer, models, settings["lr"],
+                                     settings["weight_decay"])
 
     def features(x):
         return parts.features(models, x, args.device, settings)
@@ -166,7 +169,7 @@ def train(args, seed: int) -> runs.Run:
         models.train()
         return s
 
-    subset = a_share_of_every_class(train_split.labels, args.share, seed)
+    subset = a_share_of_every_class(train_split.labels, args.prototype_share, seed)
     subset_labels = train_split.labels[subset].to(args.device)
     per_epochs = args.per_epochs
     if per_epochs is None:
@@ -236,8 +239,9 @@ def parser():
                      help="PER acts in the first so many epochs; default: a tenth of them")
     own.add_argument("--momentum", type=float, default=0.2,
                      help="share of the old prototype that is kept every epoch; default: 0.2")
-    own.add_argument("--share", type=float, default=0.1,
+    own.add_argument("--prototype-share", type=float, default=0.1,
                      help="share of train that prototypes are means of; default: 0.1")
+    parts.add_optimizer(own)
     return p
 
 

@@ -35,7 +35,7 @@ def train(args, seed: int) -> runs.Run:
         return run
 
     # ---- Data ----
-    train_split, val_split = data.Split(folder, "train"), data.Split(folder, "val")
+    train_split, val_split = data.Split(folder, "train", settings), data.Split(folder, "val")
     steps_per_epoch = math.ceil(len(train_split) / settings["batch_size"])
     steps = settings["epochs"] * steps_per_epoch
 

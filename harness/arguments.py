@@ -47,6 +47,9 @@ def parser(doc: str, script: str) -> argparse.ArgumentParser:
                            " default: 0")
     data.add_argument("--seeds", type=int, nargs="+", metavar="SEED",
                       help="train one run for each of these; the table shows mean and deviation")
+    data.add_argument("--share", type=share, default=1.0,
+                      help="train on this share of the training samples, drawn with the seed: 0.3 ="
+                           " 30 %% of them; also in step 1; default: 1")
 
     model = p.add_argument_group("encoders")
     model.add_argument("--encoder", nargs="+", default=[], metavar="[MODALITY=]NAME",
@@ -115,6 +118,14 @@ def rate(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to below 1")
+    return value
+
+
+def share(text: str) -> float:
+    """An argparse type: above 0, at most 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
     return value
 
 
@@ -299,6 +310,8 @@ def common_settings(args, seed: int, info: dict, epochs: int) -> dict:
         settings["micro_batch"] = args.micro_batch
     if args.drop_path is not None:
         settings["drop_path"] = args.drop_path
+    if args.share < 1:
+        settings["share"] = args.share
     return settings
 
 
@@ -391,6 +404,8 @@ def run_name(args, settings: dict) -> str:
         words.append(settings["modality"])
         if settings["encoder"] != default.get(settings["modality"]):
             words.append(settings["encoder"])
+        if "share" in settings:
+            words.append(f"share{settings['share']:g}")
         return "-".join([*words, f"s{settings['seed']}"])
     if "lora" in settings:
         everyone = len(settings["lora"]) == len(settings["encoders"])
@@ -399,7 +414,7 @@ def run_name(args, settings: dict) -> str:
         if value != args.default_of(name):
             words.append(name.replace("_", "-"))
             if isinstance(value, list):
-                words += value
+                words += [v if isinstance(v, str) else f"{v:g}" for v in value]
             elif value is not True:
                 words.append(str(value))
     for m, encoder in settings["encoders"].items():
@@ -407,6 +422,8 @@ def run_name(args, settings: dict) -> str:
             words.append(f"{m}-{encoder}")
     if "drop_path" in settings:
         words.append(f"drop-path{settings['drop_path']:g}")
+    if "share" in settings:
+        words.append(f"share{settings['share']:g}")
     if settings["lr"] != args.default_lr:
         words.append(f"lr{settings['lr']:g}")
     return "-".join([*words, f"s{settings['seed']}"])

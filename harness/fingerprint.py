@@ -24,7 +24,8 @@ ALWAYS = [PROJECT / "encoders.py"]
 # These do not change what a training run computes from its settings. The models of step 1 stand in
 # the settings of a joint run, by their hash.
 NOT_THE_METHOD = {"harness/arguments.py", "harness/runs.py", "harness/models.py",
-                  "harness/report.py", "harness/fingerprint.py",
+                  "harness/report.py", "harness/fingerprint.py", "harness/calibration.py",
+                  "harness/compare.py",
                   "train_unimodal.py", "train_joint.py", "evaluate.py"}
 NOT_THE_METHOD_FOLDERS = {"paper", "prepare", "pretrained"}
 

@@ -68,7 +68,7 @@ def probe(model, modality: str, where: Path, info: dict, device: str, settings: 
     splits, x = {}, {}
     solver = device if device.startswith("cuda") else "cpu"
     for name in ("train", "val", "test"):
-        splits[name] = data.Split(where, name)
+        splits[name] = data.Split(where, name, settings if name == "train" else None)
         h = metrics.predict(forward, models, splits[name], device, settings)[modality]
         x[name] = h.to(solver, torch.float64)
     x = {name: standardise(h, x["train"]) for name, h in x.items()}

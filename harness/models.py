@@ -12,7 +12,8 @@ from pretrained import checkpoints
 
 READS = {ViT: ("frames", "image"), AudioViT: ("audio",), BERT: ("text",), DeBERTa: ("text",),
          ResNet: ("frames", "image", "flow", "audio")}
-ADAPTED = ("mmlora", "separate", "logits")            # such a run stores A and B alone
+# Such a run stores only what it has trained: A and B, or as little.
+ADAPTED = ("mmlora", "separate", "logits", "drop_modality", "all_linear", "small")
 
 
 def new_model(name: str, info: dict, modality: str) -> UnimodalModel:
@@ -84,6 +85,22 @@ def set_drop_path(model: nn.Module, settings: dict) -> None:
                 block.drop_path = settings["drop_path"] * i / last
 
 
+def target_all_linear(encoder: nn.Module) -> None:
+    """Let `add_lora` also find every linear layer of this encoder (`baselines/all_linear.py`)."""
+    names = [name for name, layer in encoder.named_modules() if type(layer) is nn.Linear]
+    encoder.lora_targets = (*encoder.lora_targets, *names)
+
+
+def fold_temperatures(tensors: dict, models: nn.ModuleDict) -> None:
+    """Into the heads, in place: z / T = (W / T) h + b / T (`baselines/small.py`)."""
+    for m, model in models.items():
+        name = f"{m}.head.log_temperature"
+        if name in tensors:
+            T = tensors.pop(name).exp()
+            tensors[f"{m}.head.weight"] = model.head.weight.detach() / T
+            tensors[f"{m}.head.bias"] = model.head.bias.detach() / T
+
+
 def load_unimodal(run: runs.Run, info: dict) -> UnimodalModel:
     """The fine-tuned model of a finished run of step 1."""
     modality = run.settings["modality"]
@@ -113,10 +130,14 @@ def load_run(folder: Path, info: dict, encoders_only=False) -> tuple[dict, nn.Mo
                                  " command that made it again")
             models.load_state_dict(load_file(file), strict=False)
     for m in settings.get("lora") or ():
+        if settings["method"] == "all_linear":
+            target_all_linear(models[m].encoder)
         add_lora(models[m], settings["rank"])
     file = folder / "model.safetensors"
     try:
-        missing, unexpected = models.load_state_dict(load_file(file), strict=False)
+        tensors = load_file(file)
+        fold_temperatures(tensors, models)
+        missing, unexpected = models.load_state_dict(tensors, strict=False)
     except (SafetensorError, RuntimeError) as error:      # cut short; or tensors of other shapes
         raise ValueError(f"{file} cannot be read into the model of its config.json:"
                          f" {str(error).splitlines()[-1].strip()}") from None

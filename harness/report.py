@@ -3,11 +3,14 @@ import json
 import math
 from pathlib import Path
 
-from harness import fingerprint, metrics, runs
+from harness import calibration, fingerprint, metrics, runs
 from paper.settings import SETTINGS
 
 NAMES = {"unimodal": "alone", "mmlora": "MMLoRA", "full": "Fully fine-tuned UME",
          "no-umft": "MMLoRA without UMFT", "separate": "Control: separate losses",
+         "separate_full": "Control: separate losses, all weights",
+         "small": "Eq. 3 trains something else", "all_linear": "LoRA on all linear layers",
+         "drop_modality": "MMLoRA, modalities dropped",
          "logits": "LoRA on averaged logits", "frozen": "Classifier on frozen features",
          "concat": "Multi-modal baseline", "ogm_ge": "OGM-GE", "g_blending": "G-Blending",
          "pmr": "PMR", "mla": "MLA", "mbt": "MBT", "mmbt": "MMBT", "pmf": "PMF"}
@@ -53,12 +56,18 @@ def closing_table(group: list) -> None:
             untrained = dict(trained_parameters=0, seconds=0)
             found = [(run.result["ume"]["test"][rule], untrained) for run in group]
             rows.append((f"UME, {name} averaged", found))
+        if not first.info["multilabel"]:
+            found = [(calibration.ume_with_one_temperature(run, first.info), untrained)
+                     for run in group]
+            rows.append(("UME, one temperature", found))
         if first.settings["method"] != "mmlora":
             for beside in mmlora_beside(group):
                 rows.append(row_of(beside))
     rows += rows_of(group)
     print_table(rows, first.data_folder, first.info)
     if "ume" in first.result:
+        if first.info["multilabel"]:
+            print("UME, one temperature: not defined for several labels a sample")
         stayed = [str(r.settings["seed"]) for r in group if r.result["best_epoch"] == 0]
         if stayed:
             print("training did not improve on UME (epoch 0 was the best): seed"
@@ -93,6 +102,12 @@ def row_of(group: list) -> tuple:
     for name, value in settings.get("options", {}).items():
         if value is True:
             label += f", {name.replace('_', ' ')}"
+        elif isinstance(value, str) and value != "adamw":
+            label += f", {value}"
+        elif name == "weights" and value:
+            label += f", weights {' '.join(f'{w:g}' for w in value)}"
+    if "share" in settings:
+        label += f", {100 * settings['share']:g} % of train"
     if "-lr" in group[0].folder.name:
         label += f", lr {settings['lr']:g}"
     return label, [(run.result["test"][settings["fusion"]], run.result) for run in group]

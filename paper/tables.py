@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from harness import fingerprint, report
+from harness import compare, fingerprint, report
 from harness.arguments import guard
 from harness.report import mean_std
 from harness.runs import but_seed, read_json, started_from
@@ -31,7 +31,7 @@ from pretrained.checkpoints import PUBLIC
 # The other tables compare texts, flow or sizes of public encoders, and a toy has none of them.
 TOY_TABLES = (1, 3, 4, 5, 8, 9, 10, 13)
 # What the commands of a table differ in: no option for all of them.
-OF_THE_TABLE = ("--modality", "--lora", "--rank", "--encoder", "--pretrained", "--seed")
+OF_THE_TABLE = ("--modality", "--lora", "--rank", "--encoder", "--pretrained", "--seed", "--share")
 WIDTH = 80                                      # of a table, in columns of the terminal
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -117,6 +117,8 @@ def fits(cell: Cell, run: Run) -> bool:
             return False
     elif method != asked:
         return False
+    if run.settings.get("share"):               # trained on a part of the training set
+        return False
     if run.folder.parent.name != cell.dataset or run.encoders != cell.encoders:
         return False
     for m, encoder in run.encoders.items():
@@ -173,6 +175,21 @@ def numbers(cell: Cell, runs: list[Run]) -> dict[int, tuple]:
     return found
 
 
+def difference(cell: Cell, runs: list[Run]) -> str:
+    """"+0.24 +- 0.09 (6)": the paired difference to UME on the seeds that have both, with its
+    standard error; "" where there is none. Of two metrics the first."""
+    if cell.dataset is None or cell.modality or cell.method in ("ume", "probe"):
+        return ""
+    own, ume = numbers(cell, runs), numbers(replace(cell, method="ume", of=None), runs)
+    found = [own[seed][0] - ume[seed][0] for seed in own if seed in ume]
+    if not found:
+        return ""
+    paired = compare.paired(found)
+    if paired["se"] is None:
+        return f"{paired['mean']:+.2f}"
+    return f"{paired['mean']:+.2f} +- {paired['se']:.2f} ({paired['n']})"
+
+
 def ours(row: list[Cell], runs: list[Run]) -> list[list]:
     """For each cell of a row, for each of its metrics: one value a seed. [] without a run."""
     values = []
@@ -206,6 +223,9 @@ def show(args) -> None:
             name = ", ".join(filter(None, ["    ours", row[0].start]))
         values = ours(row, runs)
         lines.append([name, *map(text, row, values)])
+        paired = [difference(cell, runs) for cell in row]
+        if any(paired):
+            lines.append(["    - UME", *paired])
         for cell, found in zip(row, values):
             if not found and command(cell):
                 todo.setdefault(steps(args, cell, runs), cell.quoted)
@@ -217,6 +237,8 @@ def show(args) -> None:
     print()
     print(textwrap.fill(f"Table {title(args)}; {TABLES[args.number]['source']}.", WIDTH))
     print(f"In %; ours: mean +- standard deviation (number of seeds), from {args.out}.")
+    if any(line[0] == "    - UME" for line in lines):
+        print("- UME: the difference on the same seeds, +- its standard error.")
     print_in_blocks(lines)
     if notes:
         print("", *dict.fromkeys(notes), sep="\n")

@@ -1,0 +1,1 @@
+"""Studies: scripts that make every number of README.md and docs/, and these numbers as JSON."""
