@@ -49,7 +49,10 @@ PUBLIC = {
         f"{HUB}/google-bert/bert-base-uncased/resolve/main/model.safetensors", 0.44, "Apache-2.0"),
     "bert_large": Public(
         f"{HUB}/google-bert/bert-large-uncased/resolve/main/model.safetensors", 1.34, "Apache-2.0"),
-    "bert_vocab": Public(     # base and large share it
+    "bert_minilm": Public(
+        f"{HUB}/sentence-transformers/all-MiniLM-L6-v2/resolve/main/model.safetensors", 0.09,
+        "Apache-2.0"),
+    "bert_vocab": Public(     # all three share it
         f"{HUB}/google-bert/bert-base-uncased/resolve/main/vocab.txt", 0.0002, "Apache-2.0"),
     "deberta_base": Public(
         f"{HUB}/microsoft/deberta-base/resolve/main/pytorch_model.bin", 0.56, "MIT"),
