@@ -127,6 +127,11 @@ class DisentangledAttention(Attention):
         return self.attend(q, k, v, bias, scale)
 
 
+def quick_gelu(x):
+    """x sigmoid(1.702 x), nearly GELU. OpenAI, DFN and MetaCLIP trained their ViTs with it."""
+    return x * torch.sigmoid(1.702 * x)
+
+
 class PreNormBlock(nn.Module):
     """The block of the ViTs: x + attention(LN(x)), then x + MLP(LN(x)).
 
@@ -140,6 +145,7 @@ class PreNormBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps)
         self.fc1 = nn.Linear(width, mlp_width)
         self.fc2 = nn.Linear(mlp_width, width)
+        self.activation = F.gelu
         self.drop_path = drop_path
 
     def forward(self, x, keep=None):
@@ -148,7 +154,7 @@ class PreNormBlock(nn.Module):
         # requires_grad. Without it, freezing the layer would change the last bit of the result.
         h = self.attention(h[:, :keep].contiguous(), h)
         x = x[:, :keep] + self.skip(h)           # (B, T, D), or (B, keep, D)
-        h = self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        h = self.fc2(self.activation(self.fc1(self.norm2(x))))
         return x + self.skip(h)
 
     def skip(self, branch):
@@ -222,10 +228,11 @@ class ViT(Transformer):
 
     CLIP adds a LayerNorm before the first block (`norm_pre`) and has no bias on the patches. The
     feature is the class token after the last LayerNorm. CLIP then projects it into a space shared
-    with text; that projection belongs to CLIP's loss, not to the encoder.
+    with text; that projection belongs to CLIP's loss, not to the encoder. `quick_gelu`: some public
+    weights need this activation (`pretrained.checkpoints` knows which).
     """
 
-    def __init__(self, image_size, patch_size, width, depth, heads, mlp_ratio=4):
+    def __init__(self, image_size, patch_size, width, depth, heads, mlp_ratio=4, quick_gelu=False):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"an image of {image_size} pixels does not divide into patches"
@@ -239,6 +246,12 @@ class ViT(Transformer):
         self.blocks = nn.ModuleList(
             PreNormBlock(width, heads, mlp_ratio * width, eps=1e-5) for _ in range(depth))
         self.norm = nn.LayerNorm(width, 1e-5)
+        if quick_gelu:
+            self.use_quick_gelu()
+
+    def use_quick_gelu(self):
+        for block in self.blocks:
+            block.activation = quick_gelu
 
     def embed(self, x):
         S = self.image_size
@@ -499,13 +512,15 @@ BASE = dict(width=768, depth=12, heads=12)
 LARGE = dict(width=1024, depth=24, heads=16)
 
 BUILD = {     # name: (class, sizes)
-    # Public checkpoints exist for these ten (pretrained.checkpoints.PUBLIC).
+    # Public checkpoints exist for these eleven (pretrained.checkpoints.PUBLIC).
     "vit_b16": (ViT, dict(image_size=224, patch_size=16, **BASE)),
     "vit_b32": (ViT, dict(image_size=224, patch_size=32, **BASE)),
     "vit_l14": (ViT, dict(image_size=224, patch_size=14, **LARGE)),
     "audio_vit_b": (AudioViT, dict(drop_path=0.1, **BASE)),
     "bert_base": (BERT, dict(vocab_size=30522, **BASE, mlp_width=3072, max_length=512)),
     "bert_large": (BERT, dict(vocab_size=30522, **LARGE, mlp_width=4096, max_length=512)),
+    "bert_minilm": (BERT, dict(vocab_size=30522, width=384, depth=6, heads=12, mlp_width=1536,
+                               max_length=512)),
     "deberta_base": (DeBERTa, dict(vocab_size=50265, **BASE, mlp_width=3072, max_length=512)),
     "deberta_large": (DeBERTa, dict(vocab_size=50265, **LARGE, mlp_width=4096, max_length=512)),
     "resnet18": (ResNet, dict(blocks=(2, 2, 2, 2), bottleneck=False)),

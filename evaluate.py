@@ -31,7 +31,7 @@ from harness import (arguments, calibration, compare, fingerprint, linear, metri
 from harness.models import ADAPTED, load_run, pretrained_model
 from lora import merge_lora
 from prepare import media, toy
-from pretrained import checkpoints
+from pretrained import checkpoints, files
 
 
 def predict(models, split: data.Split, args, settings: dict) -> dict:
@@ -280,7 +280,7 @@ def open_pretrained(args, seed: int) -> tuple:
         raise ValueError(f"--modality {m}: {args.dataset} has {', '.join(info['modalities'])}")
     encoder = arguments.encoder_of(args, m)
     settings = dict(method="pretrained", modality=m, encoder=encoder,
-                    pretrained=arguments.pretrained_of(args, m, encoder),
+                    **arguments.start_settings(args, m, encoder),
                     **arguments.common_settings(args, seed, info, epochs=0))
     torch.manual_seed(seed)               # the weights, where nothing is pre-trained
     models = nn.ModuleDict({m: pretrained_model(settings, m, info)})
@@ -449,6 +449,8 @@ def public_file(folder: Path, settings: dict, modality: str, name: str, encoder)
     if start in (None, "none"):
         return file, None, "no public file behind it"
     source = checkpoints.place(name) if start == name else Path(start)
+    if source.is_dir():
+        source = files.weights_in(source)
     file = source.name
     if source.suffix not in (".safetensors", ".bin", ".pth"):
         file = source.stem + ".pth"
@@ -457,6 +459,8 @@ def public_file(folder: Path, settings: dict, modality: str, name: str, encoder)
     if isinstance(encoder, ResNet) and encoder.conv1.in_channels != 3:
         channels = encoder.conv1.in_channels
         return file, None, f"nothing else, since it takes {channels} channels, not 3"
+    if source.name.endswith(".tower.safetensors"):
+        return file, source, f"like {source} nothing else, so load it with strict=False"
     return file, source, f"all else as in {source}"
 
 

@@ -42,8 +42,9 @@ from torch import nn
 
 import data
 from baselines import parts
-from encoders import BERT, BUILD, ResNet, ViT, padding_mask
+from encoders import BERT, ResNet, ViT, padding_mask
 from harness import arguments, metrics, optim, runs
+from harness.models import family_of
 
 OPTIONS = ("image_tokens", "freeze_image", "freeze_text")
 LR = 5e-5      # the authors' README
@@ -105,7 +106,7 @@ class MMBT(nn.Module):
 
 def check(encoders: dict) -> None:
     """ValueError unless the modalities and their encoders are those that MMBT can take."""
-    family = {m: BUILD[name][0] for m, name in encoders.items()}
+    family = {m: family_of(name) for m, name in encoders.items()}
     if family.keys() == {"visual", "text"}:
         if family["visual"] in (ResNet, ViT) and family["text"] is BERT:
             return

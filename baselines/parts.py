@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from encoders import BERT, BUILD, AudioViT, ViT, padding_mask
+from encoders import BERT, AudioViT, ViT, padding_mask
 from harness import metrics
-from harness.models import load_unimodal, pretrained_model
+from harness.models import family_of, load_unimodal, pretrained_model
 
 SGD_LR = 0.03      # ours
 
@@ -176,7 +176,7 @@ class Tower:
 def only_transformers(encoders: dict) -> None:
     """ValueError unless a `Tower` can be made of all encoders, modality -> name."""
     for m, name in encoders.items():
-        if BUILD[name][0] not in (ViT, AudioViT, BERT):
+        if family_of(name) not in (ViT, AudioViT, BERT):
             raise ValueError(f"--encoder {m}={name}: tokens can be added between the blocks of ViT,"
                              " AudioViT and BERT only (a ResNet has no tokens, DeBERTa no distances"
                              " for added ones)")

@@ -20,7 +20,7 @@ from encoders import BUILD
 from harness import fingerprint, report, runs
 from paper import settings as paper
 from prepare import toy
-from pretrained import checkpoints
+from pretrained import checkpoints, configs
 
 PREPARED = ("ave", "crema_d", "food101", "kinetics_sound", "mm_imdb", "ucf101")    # by prepare/
 RECIPE = ("schedule", "weight_decay", "crop", "flip", "frames", "audio_shift")     # of the paper
@@ -55,8 +55,9 @@ def parser(doc: str, script: str) -> argparse.ArgumentParser:
     model.add_argument("--encoder", nargs="+", default=[], metavar="[MODALITY=]NAME",
                        help=f"{', '.join(BUILD)}; default: those of Table 2")
     model.add_argument("--pretrained", nargs="+", default=[], metavar="[MODALITY=]PATH",
-                       help="a public checkpoint, or none for random weights; default: the public"
-                            " one, downloaded on first use")
+                       help="a public checkpoint, or the folder of one, whose config.json says the"
+                            " encoder; or none for random weights; default: the public one,"
+                            " downloaded on first use")
     model.add_argument("--drop-path", type=rate, metavar="RATE",
                        help="of AudioViT, wherever all its weights are trained (never under LoRA);"
                             " 0 turns it off; default: ImageBind's, 0.1 in audio_vit_b")
@@ -275,7 +276,13 @@ def of_modality(values: list[str], modality: str, default=None):
 
 
 def encoder_of(args, modality: str) -> str:
-    """The encoder asked for, or the one of Table 2."""
+    """The encoder asked for, that of a folder in --pretrained, or the one of Table 2."""
+    start = of_modality(args.pretrained, modality)
+    if start and Path(start).is_dir():
+        if any(value.startswith(f"{modality}=") for value in args.encoder):
+            raise ValueError(f"--pretrained {start} is a folder and says its own encoder: leave"
+                             f" --encoder {modality}=... out")
+        return configs.encoder_name(Path(start))
     encoder = of_modality(args.encoder, modality, paper.encoders_for(args.dataset).get(modality))
     if not encoder:
         raise ValueError(f"no encoder is known for modality {modality} of {args.dataset}: name one,"
@@ -291,9 +298,22 @@ def encoders_of(args, info: dict) -> dict[str, str]:
 
 
 def pretrained_of(args, modality: str, encoder: str) -> str:
-    """What the encoder starts from: a file, "none", or its own name for its public checkpoint."""
+    """What the encoder starts from: a file or folder, "none", or its own name for its public
+    checkpoint."""
     public = encoder if encoder in checkpoints.PUBLIC else "none"
     return of_modality(args.pretrained, modality, public)
+
+
+def start_settings(args, modality: str, encoder: str) -> dict:
+    """What a run starts from. Of a file or folder also its hash, so that another one under the same
+    path is noticed, and what it says of the encoder beyond its name."""
+    start = pretrained_of(args, modality, encoder)
+    settings = dict(pretrained=start)
+    if start not in ("none", encoder):
+        settings["pretrained_sha256"] = fingerprint.of_files(configs.files_of(Path(start)))
+        if sizes := configs.sizes_in(Path(start), encoder):
+            settings["sizes"] = sizes
+    return settings
 
 
 # ---- Settings: all that a result depends on, apart from code and data ----
@@ -323,15 +343,16 @@ def unimodal_settings(args, modality: str, seed: int, info: dict) -> dict:
                          f" {', '.join(info['modalities'])}")
     setting, encoder = paper.settings_for(args.dataset), encoder_of(args, modality)
     settings = dict(method="unimodal", modality=modality, encoder=encoder,
-                    pretrained=pretrained_of(args, modality, encoder),
+                    **start_settings(args, modality, encoder),
                     lr=args.lr or paper.umft_lr(args.dataset, encoder, modality),
                     optimizer=setting["optimizer"].get(modality, "adamw"),
                     **common_settings(args, seed, info, args.epochs or setting["umft_epochs"]))
     folder = Path(args.out) / args.dataset / run_name(args, settings)
     if getattr(args, "as_step_1", False) and (folder / "result.json").exists():
         before = runs.read_json(folder / "config.json")["settings"]
-        asked = dict(epochs=args.epochs, lr=args.lr,
-                     pretrained=of_modality(args.pretrained, modality))
+        start = of_modality(args.pretrained, modality)
+        asked = dict(epochs=args.epochs, lr=args.lr, pretrained=start, pretrained_sha256=start,
+                     sizes=start)
         fixed = ("dataset", "encoder", "seed", "classes", "samples")
         for key, value in before.items():
             if key not in fixed and asked.get(key) is None:
@@ -378,8 +399,12 @@ def joint_settings(args, seed: int, info: dict, method: str, unimodal: dict | No
         for m, run in unimodal.items():
             model = run.folder / "model.safetensors"
             settings["unimodal"][m] = dict(run=run.folder.name, sha256=fingerprint.sha256(model))
+            if "sizes" in run.settings:
+                settings.setdefault("sizes", {})[m] = run.settings["sizes"]
     else:
-        settings["pretrained"] = {m: pretrained_of(args, m, encoders[m]) for m in encoders}
+        for m, encoder in encoders.items():
+            for key, value in start_settings(args, m, encoder).items():
+                settings.setdefault(key, {})[m] = value
     return settings
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from encoders import BERT, BUILD, AudioViT, DeBERTa, ResNet, UnimodalModel, ViT, build
 from harness import fingerprint, runs
 from lora import add_lora
-from pretrained import checkpoints
+from pretrained import checkpoints, configs
 
 READS = {ViT: ("frames", "image"), AudioViT: ("audio",), BERT: ("text",), DeBERTa: ("text",),
          ResNet: ("frames", "image", "flow", "audio")}
@@ -16,22 +16,36 @@ READS = {ViT: ("frames", "image"), AudioViT: ("audio",), BERT: ("text",), DeBERT
 ADAPTED = ("mmlora", "separate", "logits", "drop_modality", "all_linear", "small")
 
 
-def new_model(name: str, info: dict, modality: str) -> UnimodalModel:
+def family_of(name: str) -> type | None:
+    """The class of an encoder, by its name; None for a name that there is not.
+
+    "bert-all-MiniLM-L6-v2" is the encoder of a folder, see `configs.encoder_name`.
+    """
+    if name in BUILD:
+        return BUILD[name][0]
+    return configs.FAMILIES.get(name.partition("-")[0])
+
+
+def new_model(name: str, info: dict, modality: str, sizes: dict | None = None) -> UnimodalModel:
     """An untrained encoder and linear head for a prepared data set; `info` is its dataset.json.
 
-    Raises ValueError when the encoder cannot read what was prepared.
+    sizes: of the encoder of a folder, all; of others what a file says beyond their name. Raises
+    ValueError when the encoder cannot read what was prepared.
     """
     kind, shape = info["modalities"][modality], info["shapes"][modality]
-    family = BUILD[name][0] if name in BUILD else None
+    family, sizes = family_of(name), sizes or {}
     if family and kind not in READS[family]:
         raise ValueError(f"encoder {name} reads {' or '.join(READS[family])}, but {modality} of"
                          f" {info['name']} is {kind}")
     options = {}
     if family is ResNet:
         options["in_channels"] = 1 if kind == "audio" else shape[1]
-    if kind == "text" and family:
+    if kind == "text" and name in BUILD:
         options["vocab_size"] = vocabulary_size(name, info)
-    encoder = build(name, **options)
+    if name in BUILD:
+        encoder = build(name, **sizes, **options)
+    else:
+        encoder = configs.make(name.partition("-")[0], sizes | options)
     if isinstance(encoder, AudioViT) and tuple(shape[-2:]) != tuple(encoder.mel):
         raise ValueError(f"encoder {name} takes spectrograms of {encoder.mel}, but {info['name']}"
                          f" holds {tuple(shape[-2:])}")
@@ -40,38 +54,65 @@ def new_model(name: str, info: dict, modality: str) -> UnimodalModel:
 
 def vocabulary_size(name: str, info: dict) -> int:
     """The size of the vocabulary whose token ids the encoder reads in these data."""
-    family, sizes = BUILD[name]
-    there = [info["tokenizer"], *(info.get("other_tokenizers") or [])]
-    fitting = [tokenizer for tokenizer in there if tokenizer["kind"] == family.tokenizer]
-    if not fitting:
-        raise ValueError(f"encoder {name} needs {family.tokenizer} token ids, but {info['name']}"
-                         f" was prepared with a {there[0]['kind']} tokenizer")
-    size = fitting[0]["vocab_size"]
-    trained_from_scratch = "small" in name                # so any vocabulary will do
-    if not trained_from_scratch and size != sizes["vocab_size"]:
-        raise ValueError(f"encoder {name} knows {sizes['vocab_size']} tokens, but {info['name']}"
+    size, known = vocabulary_of(name, info)["vocab_size"], BUILD[name][1]["vocab_size"]
+    trained_from_scratch = name.endswith("_small")        # so any vocabulary will do
+    if not trained_from_scratch and size != known:
+        raise ValueError(f"encoder {name} knows {known} tokens, but {info['name']}"
                          f" was prepared with a vocabulary of {size}; prepare it with the"
                          " encoder's own")
     return size
 
 
+def vocabulary_of(name: str, info: dict) -> dict:
+    """What dataset.json says of the vocabulary of the kind that the encoder reads."""
+    kind = family_of(name).tokenizer
+    there = [info["tokenizer"], *(info.get("other_tokenizers") or [])]
+    for vocabulary in there:
+        if vocabulary["kind"] == kind:
+            return vocabulary
+    raise ValueError(f"encoder {name} needs {kind} token ids, but {info['name']} was prepared with"
+                     f" a {there[0]['kind']} tokenizer")
+
+
+def check_vocabulary(name: str, encoder: nn.Module, folder: Path, info: dict) -> None:
+    """ValueError where the data hold token ids of another vocabulary than the folder's own."""
+    learnt, own = vocabulary_of(name, info), configs.tokenizer_in(folder, encoder.tokenizer)
+    rows = encoder.words.num_embeddings
+    if own is None:                                       # the size alone tells something
+        same, what = learnt["vocab_size"] == rows, f"knows {rows} tokens"
+    else:
+        same, what = own.fingerprint == learnt["fingerprint"], "has a vocabulary of its own"
+    if not same:
+        raise ValueError(f"{folder} {what}, but {info['name']} was prepared with another one, of"
+                         f" {learnt['vocab_size']} tokens; prepare it with --tokenizer and the"
+                         f" vocabulary of {folder}")
+
+
 def pretrained_model(settings: dict, modality: str, info: dict) -> UnimodalModel:
     """Encoder and new head of a run with these settings.
 
-    It starts from what settings["pretrained"] says: a file, "none" for random weights, or the
-    encoder's own name for its public checkpoint, which is downloaded once.
+    It starts from what settings["pretrained"] says: a file or a folder, "none" for random weights,
+    or the encoder's own name for its public checkpoint, which is downloaded once.
     """
     if "encoders" in settings:                            # of a joint run
         encoder, start = settings["encoders"][modality], settings["pretrained"][modality]
     else:
         encoder, start = settings["encoder"], settings["pretrained"]
-    model = new_model(encoder, info, modality)
+    model = new_model(encoder, info, modality, sizes_of(settings, modality))
     set_drop_path(model, settings)
+    if encoder not in BUILD and info["modalities"][modality] == "text":
+        check_vocabulary(encoder, model.encoder, Path(start), info)
     if start == encoder:
         checkpoints.load_public(model.encoder, checkpoints.download(encoder))
     elif start != "none":
         checkpoints.load_public(model.encoder, Path(start))
     return model
+
+
+def sizes_of(settings: dict, modality: str) -> dict | None:
+    """What the settings of a run say of an encoder beyond its name."""
+    sizes = settings.get("sizes") or {}
+    return sizes.get(modality) if "encoders" in settings else sizes
 
 
 def set_drop_path(model: nn.Module, settings: dict) -> None:
@@ -104,7 +145,7 @@ def fold_temperatures(tensors: dict, models: nn.ModuleDict) -> None:
 def load_unimodal(run: runs.Run, info: dict) -> UnimodalModel:
     """The fine-tuned model of a finished run of step 1."""
     modality = run.settings["modality"]
-    model = new_model(run.settings["encoder"], info, modality)
+    model = new_model(run.settings["encoder"], info, modality, sizes_of(run.settings, modality))
     tensors = run.tensors("model.safetensors")
     model.load_state_dict({k.removeprefix(f"{modality}."): v for k, v in tensors.items()})
     return model
@@ -120,7 +161,9 @@ def load_run(folder: Path, info: dict, encoders_only=False) -> tuple[dict, nn.Mo
     runs.check_finished(folder)
     settings = runs.read_json(folder / "config.json")["settings"]
     encoders = settings.get("encoders") or {settings["modality"]: settings["encoder"]}
-    models = nn.ModuleDict({m: new_model(name, info, m) for m, name in encoders.items()})
+    models = nn.ModuleDict()
+    for m, name in encoders.items():
+        models[m] = new_model(name, info, m, sizes_of(settings, m))
     adapted = settings["method"] in ADAPTED
     if adapted:
         for base in settings["unimodal"].values():

@@ -107,8 +107,11 @@ def encoders_for(dataset: str) -> dict[str, str]:
 
 
 def encoder_kind(encoder: str) -> str:
-    """What the learning rate depends on: vit, audio, bert, deberta, resnet; toy, mini, small."""
-    if encoder.endswith(("_toy", "_mini", "_small")):
+    """What the learning rate depends on: vit, audio, bert, deberta, resnet; toy, mini, small.
+
+    "bert-all-MiniLM-L6-v2", the encoder of a folder, has that of its family, whatever its size.
+    """
+    if "-" not in encoder and encoder.endswith(("_toy", "_mini", "_small")):
         kind = encoder.split("_")[-1]
     else:
         kind = re.match("[a-z]*", encoder)[0]

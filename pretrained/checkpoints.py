@@ -1,7 +1,8 @@
 """Public checkpoints: where they are, what they call our tensors, how to load and to export them.
 
     encoder = load_public(build("vit_b16"), download("vit_b16"))
-    export_public(encoder, "tuned.safetensors", source=download("vit_b16"))   # open_clip reads this
+    export_public(encoder, "tuned.safetensors", source=download("vit_b16"))
+    encoder = load_folder("downloads/all-MiniLM-L6-v2")      # of any size, config.json says which
 
 Loading is strict. A tensor that is missing, unexpected or of another shape is an error that names
 it. An encoder that silently keeps some random weights still trains, only worse.
@@ -9,16 +10,15 @@ it. An encoder that silently keeps some random weights still trains, only worse.
 import hashlib
 import http.client
 import re
-import urllib.request
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
-from encoders import BERT, AudioViT, DeBERTa, ResNet, ViT
+from encoders import BERT, AudioViT, DeBERTa, ResNet, ViT, build
+from pretrained import configs, files, remote
+from pretrained.files import read
 
 
 # ---- Where they are ----
@@ -28,6 +28,7 @@ class Public(NamedTuple):
     gigabytes: float
     licence: str
     sha256: str | None = None     # the first digits, where the publisher gives them
+    tower: float | None = None    # gigabytes of the encoder's own tensors, where only they are fetched
 
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -41,15 +42,22 @@ PUBLIC = {
     "vit_toy": Public("pretrained/toy/vit_toy.safetensors", 0.0003, "MIT", "a1ae13890101d17b"),
     "audio_vit_toy": Public("pretrained/toy/audio_vit_toy.safetensors", 0.0003, "MIT",
                             "4b054b63d9839ab1"),
-    "vit_b16": Public(f"{HUB}/laion/CLIP-ViT-B-16-laion2B-s34B-b88K/{OPENCLIP}", 0.60, "MIT"),
-    "vit_b32": Public(f"{HUB}/laion/CLIP-ViT-B-32-laion2B-s34B-b79K/{OPENCLIP}", 0.61, "MIT"),
-    "vit_l14": Public(f"{HUB}/laion/CLIP-ViT-L-14-DataComp.XL-s13B-b90K/{OPENCLIP}", 1.71, "MIT"),
-    "audio_vit_b": Public(f"{META}/imagebind_huge.pth", 4.80, "CC-BY-NC-SA 4.0"),
+    "vit_b16": Public(f"{HUB}/laion/CLIP-ViT-B-16-laion2B-s34B-b88K/{OPENCLIP}", 0.60, "MIT",
+                      tower=0.34),
+    "vit_b32": Public(f"{HUB}/laion/CLIP-ViT-B-32-laion2B-s34B-b79K/{OPENCLIP}", 0.61, "MIT",
+                      tower=0.35),
+    "vit_l14": Public(f"{HUB}/laion/CLIP-ViT-L-14-DataComp.XL-s13B-b90K/{OPENCLIP}", 1.71, "MIT",
+                      tower=1.21),
+    "audio_vit_b": Public(f"{META}/imagebind_huge.pth", 4.80, "CC-BY-NC-SA 4.0",
+                          tower=0.34),
     "bert_base": Public(
         f"{HUB}/google-bert/bert-base-uncased/resolve/main/model.safetensors", 0.44, "Apache-2.0"),
     "bert_large": Public(
         f"{HUB}/google-bert/bert-large-uncased/resolve/main/model.safetensors", 1.34, "Apache-2.0"),
-    "bert_vocab": Public(     # base and large share it
+    "bert_minilm": Public(
+        f"{HUB}/sentence-transformers/all-MiniLM-L6-v2/resolve/main/model.safetensors", 0.09,
+        "Apache-2.0"),
+    "bert_vocab": Public(     # all three share it
         f"{HUB}/google-bert/bert-base-uncased/resolve/main/vocab.txt", 0.0002, "Apache-2.0"),
     "deberta_base": Public(
         f"{HUB}/microsoft/deberta-base/resolve/main/pytorch_model.bin", 0.56, "MIT"),
@@ -64,45 +72,61 @@ PUBLIC = {
 
 
 def download(name, folder="checkpoints"):
-    """The path of a public file, `folder/name/file`. It is fetched when it is not there yet.
+    """The path of a public file, or of the encoder's tensors out of it. See `place`.
 
-    The folder has the name of the encoder, since many files have the same name. Raises
-    ConnectionError when the file cannot be fetched whole, and says its URL, size and place.
+    It is fetched when it is not there yet. A download that was stopped goes on where it stopped.
+    Raises ConnectionError when it cannot be fetched whole, and says URL, size and place.
     """
     if name not in PUBLIC:
         raise ValueError(f"no public checkpoint is known for {name!r};"
                          f" there are {', '.join(PUBLIC)}")
-    url, gigabytes, _, sha256 = PUBLIC[name]
+    url, gigabytes, _, sha256, tower = PUBLIC[name]
     path = place(name, folder)
     if "://" not in url:
         check_shipped(path, sha256)
-    if path.is_file():
         return path
-    partial = path.with_name(path.name + ".partial")
+    if path.is_file():
+        remote.check_once(path, sha256)
+        return path
+    whole = path.with_name(url.rsplit("/", 1)[1])
     try:
-        ask = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "torch.hub"})
-        with urllib.request.urlopen(ask, timeout=30) as reply:
-            size = reply.headers["Content-Length"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(partial), sha256)
-        # A connection that breaks off looks like the end of the file.
-        if size and partial.stat().st_size != int(size):
-            raise OSError(f"got {partial.stat().st_size} of {size} bytes")
-        partial.replace(path)     # only a whole file gets the real name
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        file = remote.RemoteFile(url)
+        if tower:
+            try:
+                return download_tower(name, file, path)
+            except remote.NoParts as error:
+                print(f"{url}: {error}; fetching the whole file, {gigabytes} GB", flush=True)
+        remote.fetch_file(file, whole, sha256)
+    except (OSError, http.client.HTTPException) as error:
+        later = ", or run this again: it goes on" if list(path.parent.glob("*.partial")) else ""
         raise ConnectionError(f"cannot download {url} ({gigabytes} GB): {error};"
-                              f" fetch it elsewhere and put it at {path}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+                              f" fetch it elsewhere and put it at {whole}{later}") from error
+    return whole
+
+
+def download_tower(name: str, file: remote.RemoteFile, path: Path) -> Path:
+    """Fetch only the tensors of the encoder. Raises remote.NoParts where that is not possible."""
+    there = remote.index_of(file)
+    with torch.device("meta"):
+        wanted = public_names(build(name), list(there))
+    remote.fetch_tensors(file, {n: there[n] for n in wanted if n in there}, path)
     return path
 
 
 def place(name: str, folder="checkpoints") -> Path:
-    """Where the public file of an encoder is, or would be."""
-    url = PUBLIC[name].url
+    """Where the public file of an encoder is, or would be: `folder/name/file`.
+
+    The folder has the name of the encoder, since many files have the same name. Where only the
+    encoder's tensors are fetched, these have a file of their own, `....tower.safetensors`. A whole
+    file in its place is taken, too.
+    """
+    url, tower = PUBLIC[name].url, PUBLIC[name].tower
     if "://" not in url:
         return PROJECT / url
-    return Path(folder) / name / url.rsplit("/", 1)[1]
+    whole = Path(folder) / name / url.rsplit("/", 1)[1]
+    if tower and not whole.is_file():
+        return whole.with_suffix(".tower.safetensors")
+    return whole
 
 
 def check_shipped(path: Path, sha256: str) -> None:
@@ -119,9 +143,10 @@ def check_shipped(path: Path, sha256: str) -> None:
 
 class Layout(NamedTuple):
     name: str
-    prefix: str                         # of every public name
     rename: list[tuple[str, str]]       # (ours, public), in this order; ours matches whole parts
-    ignored: str                        # a pattern for the tensors in the file that are not ours
+    # How all public names begin -> a pattern for the tensors in such a file that are not ours.
+    # The first is the public file's own. "" is that of a model without its heads or other towers.
+    prefixes: dict[str, str]
 
 
 # The tables go from our names to the public ones and serve both directions. Loading asks the file
@@ -138,53 +163,49 @@ PACKED = [
     ("attention.out", "attn.out_proj"),
 ]
 AUDIO = "modality_preprocessors.audio"
+HEADS = r"(cls|classifier|qa_outputs|lm_predictions)\."
 
 LAYOUTS = {
-    ViT: Layout("OpenCLIP", prefix="visual.", rename=[
+    ViT: Layout("OpenCLIP", [
         ("patch", "conv1"), ("cls_token", "class_embedding"), ("positions", "positional_embedding"),
         ("norm_pre", "ln_pre"), ("norm", "ln_post"), ("blocks", "transformer.resblocks"),
         ("norm1", "ln_1"), ("norm2", "ln_2"), ("fc1", "mlp.c_fc"), ("fc2", "mlp.c_proj"), *PACKED,
-    ], ignored=r"visual\.proj$|(transformer|token_embedding|ln_final)\."
-               r"|(positional_embedding|text_projection|logit_scale|logit_bias|attn_mask)$"),
+    ], {"visual.": r"visual\.proj$|(text|transformer|token_embedding|ln_final)\."
+                   r"|(positional_embedding|text_projection|logit_scale|logit_bias|attn_mask)$",
+        "": "proj$"}),
 
-    AudioViT: Layout("ImageBind", prefix="", rename=[
+    AudioViT: Layout("ImageBind", [
         ("patch", f"{AUDIO}.rgbt_stem.proj"), ("norm_patch", f"{AUDIO}.rgbt_stem.norm_layer"),
         ("cls_token", f"{AUDIO}.cls_token"),
         ("positions", f"{AUDIO}.pos_embedding_helper.pos_embed"),
         ("norm", "modality_heads.audio.0"), ("blocks", "modality_trunks.audio.blocks"),
         (r"norm(\d)", r"norm_\1"), ("fc1", "mlp.fc1"), ("fc2", "mlp.fc2"), *PACKED,
         ("attention", "attn"),
-    ], ignored=r"modality_\w+\.(?!audio\.)|modality_heads\.audio\.2\.weight$"
-               r"|modality_postprocessors\.audio\.1\.log_logit_scale$"),
+    ], {"": r"modality_\w+\.(?!audio\.)|modality_heads\.audio\.2\.weight$"
+            r"|modality_postprocessors\.audio\.1\.log_logit_scale$"}),
 
-    BERT: Layout("BERT", prefix="bert.", rename=[
+    BERT: Layout("BERT", [
         *POST_NORM, ("attention.(query|key|value)", r"attention.self.\1"),
         ("positions", "embeddings.position_embeddings"),
         ("segments", "embeddings.token_type_embeddings"), ("pooler", "pooler.dense"),
-        ("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"),
-    ], ignored=r"cls\.|bert\.embeddings\.position_ids$"),
+    ], {"bert.": HEADS + r"|bert\.embeddings\.position_ids$",
+        "": HEADS + r"|embeddings\.position_ids$"}),
 
     # Only the head of pre-training reads DeBERTa's position_embeddings.
-    DeBERTa: Layout("DeBERTa v1", prefix="deberta.", rename=[
+    DeBERTa: Layout("DeBERTa v1", [
         *POST_NORM, ("attention.(query|key|value).weight", "attention.self.in_proj.weight"),
         ("attention.query.bias", "attention.self.q_bias"),
         ("attention.value.bias", "attention.self.v_bias"),
         ("attention.pos_key", "attention.self.pos_proj"),
         ("attention.pos_query", "attention.self.pos_q_proj"),
         ("relative", "encoder.rel_embeddings"),
-    ], ignored=r"lm_predictions\.|cls\."
-               r"|deberta\.embeddings\.(position_embeddings\.weight|position_ids)$"),
+    ], {"deberta.": HEADS + r"|pooler\."
+                    r"|deberta\.embeddings\.(position_embeddings\.weight|position_ids)$",
+        "": HEADS + r"|pooler\.|embeddings\.(position_embeddings\.weight|position_ids)$"}),
 
-    ResNet: Layout("torchvision ResNet", prefix="", rename=[], ignored=r"fc\."),
+    ResNet: Layout("torchvision ResNet", [], {"": r"fc\."}),
 }
 
-# How a name starts -> what the file is. It makes error messages clearer.
-TELLTALES = {
-    "visual.": "OpenCLIP", "modality_": "ImageBind", "bert.": "BERT", "deberta.": "DeBERTa",
-    "layer1.": "torchvision ResNet",
-    "vision_model.": "CLIP as the transformers library stores it"
-                     " (take the open_clip_* file beside it)",
-}
 COUNTER = "num_batches_tracked"     # of BatchNorm: inference never reads it, older files lack it
 
 
@@ -193,11 +214,16 @@ def public_names(encoder, in_file=None):
 
     `in_file`, the names in one file, decides where spellings differ between files.
     """
+    return spelling(encoder, in_file)[0]
+
+
+def spelling(encoder, in_file=None):
+    """-> `public_names`, and a pattern for those tensors in the file that are not the encoder's."""
     layout = LAYOUTS[type(encoder)]
-    rename = list(layout.rename)
-    if in_file is not None and not any(name.endswith(".gamma") for name in in_file):
-        # Copies of BERT that newer code has saved.
-        rename += [("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")]
+    there, rename = set(in_file or ()), list(layout.rename)
+    if any(name.endswith("LayerNorm.gamma") for name in there):
+        # Google's own files of BERT.
+        rename += [("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")]
     names = {}
     for ours in encoder.state_dict():
         if "lora_A" in ours:
@@ -206,8 +232,15 @@ def public_names(encoder, in_file=None):
         public = ours
         for pattern, replacement in rename:
             public = re.sub(rf"(?<![^.])(?:{pattern})(?![^.])", replacement, public)
-        names.setdefault(layout.prefix + public, []).append(ours)
-    return names
+        names.setdefault(public, []).append(ours)
+
+    most, start, not_ours = -1, "", ""
+    for outer in ("", "model."):     # "model.": out of a larger model
+        for prefix, ignored in layout.prefixes.items():
+            found = sum(outer + prefix + public in there for public in names)
+            if found > most:         # of equal ones the first, the public file's own
+                most, start, not_ours = found, outer + prefix, f"({outer})?({ignored})"
+    return {start + public: ours for public, ours in names.items()}, not_ours
 
 
 def pack(encoder, tensors):
@@ -235,54 +268,24 @@ def unpack(encoder, tensor, count):
 
 # ---- Reading and writing ----
 
-def read(path):
-    """(names, get): the names of a file's tensors, and a function from a name to its tensor.
-
-    A tensor's bytes are read only when it is asked for. So ImageBind's audio trunk costs 0.35 of
-    its 4.8 GB. Raises FileNotFoundError, or ValueError when the file is no checkpoint.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    with path.open("rb") as file:
-        head = file.read(64).lstrip()
-    if head.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a Git LFS pointer, not the checkpoint itself:"
-                         " fetch it with `git lfs pull`")
-    if head.startswith(b"<"):
-        raise ValueError(f"{path} is a web page, not a checkpoint: check the address it came from")
-    try:
-        if path.suffix == ".safetensors":
-            file = safe_open(path, framework="pt")
-            return list(file.keys()), file.get_tensor
-        # weights_only: a pickle from the network must not run code.
-        # mmap needs the zip form, which torch.save writes since version 1.6.
-        is_zip = zipfile.is_zipfile(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as error:     # a damaged file can make the readers raise almost anything
-        raise ValueError(f"{path} cannot be read as a checkpoint, perhaps it is cut short"
-                         f" ({type(error).__name__})") from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        # A training checkpoint of open_clip: the weights and more.
-        state = {name.removeprefix("module."): t for name, t in state["state_dict"].items()}
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
-        raise ValueError(f"{path} is not a dictionary of tensors")
-    return list(state), state.__getitem__
-
-
 def load_public(encoder, path):
     """Fill `encoder` from a public checkpoint (.safetensors, .bin, .pth) and return it.
 
     Any mismatch raises ValueError and changes nothing. A ResNet for other than three channels gets
     its first layer as temporal segment networks do (Wang et al. 2016): see `to_channels`.
     """
+    path = Path(path)
     names, get = read(path)
-    table = public_names(encoder, names)
-    layout = LAYOUTS[type(encoder)]
+    table, not_ours = spelling(encoder, names)
     complaint = f"{path} does not fit {type(encoder).__name__}: "
+    other = files.foreign(names)
+    if isinstance(encoder, (BERT, DeBERTa)):     # RoBERTa's tensors have the names of BERT's
+        other = other or configs.foreign_beside(path)
+    if other:
+        raise ValueError(complaint + f"it holds {other}")
     if table.keys().isdisjoint(names):
-        raise ValueError(complaint + f"that needs a checkpoint of {layout.name},"
-                                     f" this one holds {guess(names)}")
+        raise ValueError(complaint + f"that needs a checkpoint of {LAYOUTS[type(encoder)].name},"
+                                     f" this one holds {files.guess(names)}")
 
     own = encoder.state_dict()
     state, wrong = {}, []
@@ -301,7 +304,7 @@ def load_public(encoder, path):
             wrong.append(f"{public} {list(tensor.shape)}, not {list(shape)}")
 
     missing = [n for n in table if n not in names and not n.endswith(COUNTER)]
-    unexpected = [n for n in names if n not in table and not re.match(layout.ignored, n)]
+    unexpected = [n for n in names if n not in table and not re.match(not_ours, n)]
     problems = []
     for what, which in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong)):
         if which:
@@ -310,15 +313,20 @@ def load_public(encoder, path):
     if problems:
         raise ValueError(complaint + "; ".join(problems))
     encoder.load_state_dict(state)     # strict as well; BatchNorm itself fills in a missing counter
+    if isinstance(encoder, ViT):
+        name = path.stem if path.stem in PUBLIC else path.parent.name     # checkpoints/vit_b16/file
+        configs.choose_activation(encoder, path, PUBLIC[name].url if name in PUBLIC else "")
     return encoder
 
 
-def guess(names):
-    """What a file with these names seems to be."""
-    for start, what in TELLTALES.items():
-        if any(name.startswith(start) for name in names):
-            return what
-    return f"{names[:1]} ..."
+def load_folder(folder):
+    """The encoder that a folder of the hub holds, of any size, with its weights.
+
+    BERT and DeBERTa: config.json beside the weights; a ViT of OpenCLIP: open_clip_config.json.
+    Raises FileNotFoundError, or ValueError when it is something else; as strict as `load_public`.
+    """
+    folder = Path(folder)
+    return load_public(configs.make(*configs.read_config(folder)), folder)
 
 
 def to_channels(weight, channels):
@@ -349,6 +357,12 @@ def public_state(encoder, reference=None):
                                  " without a source it is written as it is")
             tensor = tensor.to(like.dtype)
         state[public] = tensor.contiguous()
+    for copy in names or ():
+        # The head that predicts words has the word embeddings once more, where they were tied.
+        if copy.endswith("predictions.decoder.weight") and hasattr(encoder, "words"):
+            words = next(n for n in state if n.endswith("word_embeddings.weight"))
+            if torch.equal(get(copy), get(words)):
+                state[copy] = state[words].clone()
     return state
 
 
