@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import data
 from prepare import media
 from prepare.media import Item
 
@@ -196,6 +197,7 @@ def write_dataset(args, splits: dict[str, list[Item]], kinds: dict[str, str], cl
             versions={package: version(package) for package in packages},
             sha256=hashes(partial))
         (partial / "dataset.json").write_text(json.dumps(info, indent=1))
+        data.check(partial)
         if args.overwrite and folder.exists():
             folder.rename(old)     # it stays until the new one is whole
         partial.rename(folder)
