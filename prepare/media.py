@@ -40,9 +40,9 @@ VOCABULARIES = {"wordpiece": "bert_vocab", "byte_bpe": "deberta_vocab"}
 # What ffmpeg may open: files that hold all that they show. Playlists (.m3u8, ffconcat) name other
 # files, or addresses in the network.
 PROTOCOLS = "file,pipe"
-DEMUXERS = ("aac,ac3,aiff,amr,ape,asf,au,avi,bmp_pipe,caf,dv,eac3,flac,flv,gif,h264,hevc,ivf,"
-            "jpeg_pipe,m4v,matroska,webm,mov,mp4,mp3,mpc,mpeg,mpegts,mpegvideo,mxf,nut,ogg,"
-            "png_pipe,rm,tiff_pipe,tta,w64,wav,webp_pipe,wv,yuv4mpegpipe")
+DEMUXERS = ("aac,ac3,aiff,amr,ape,asf,au,avi,caf,dv,eac3,flac,flv,gif,h264,hevc,ivf,m4v,matroska,"
+            "webm,mov,mp4,mp3,mpc,mpeg,mpegts,mpegvideo,mxf,nut,ogg,rm,tta,w64,wav,wv,yuv4mpegpipe,"
+            "bmp_pipe,j2k_pipe,jpeg_pipe,pcx_pipe,pgm_pipe,png_pipe,ppm_pipe,tiff_pipe,webp_pipe")
 
 
 # ---- Files ----
@@ -93,7 +93,9 @@ def ffmpeg(path: Path, options: list[str], chunk: int, span=None):
             raise ValueError(f"{path}: ffmpeg took over {SECONDS} s, or all memory; cut the file")
         if process.returncode:
             log.seek(0)
-            reason = log.read().decode(errors="replace").strip().split("\n")[0]
+            reason = log.read(2000).decode(errors="replace").strip().split("\n")[0]
+            if "not on whitelist" in reason:
+                reason = "not one of the formats that hold sound and pictures themselves"
             raise ValueError(f"{path}: ffmpeg cannot read it ({reason})")
 
 
@@ -109,8 +111,9 @@ def read_wave(path, span=None) -> torch.Tensor:
     try:
         x, rate = read_pcm(path)
     except (wave.Error, EOFError, RuntimeError) as error:     # RuntimeError: a chunk beyond the end
-        if not shutil.which("ffmpeg") and is_damaged_wav(path, error):
-            raise ValueError(f"{path}: a damaged WAV file ({error})") from None
+        if path.suffix.lower() == ".wav" and "unknown format" not in str(error) and (
+                not shutil.which("ffmpeg")):
+            raise ValueError(f"{path}: no WAV file, or a damaged one ({error})") from None
         x = decode_sound(path, span)     # another format, or a WAV file of floats
     else:
         x = resample(path, x, rate)
@@ -119,13 +122,6 @@ def read_wave(path, span=None) -> torch.Tensor:
     if not len(x):
         raise ValueError(f"{path}: no sound in it")
     return x
-
-
-def is_damaged_wav(path: Path, error: Exception) -> bool:
-    """A WAV file that is cut or broken, and not one of a format that we leave to ffmpeg."""
-    with open(path, "rb") as file:
-        head = file.read(12)
-    return head[:4] == b"RIFF" and head[8:] == b"WAVE" and "unknown format" not in str(error)
 
 
 def decode_sound(path: Path, span=None) -> torch.Tensor:
