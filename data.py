@@ -20,6 +20,7 @@ H x W pixels.
 import functools
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -295,3 +296,190 @@ def log_mel(wave: torch.Tensor, bins: int = 128, frames: int = 204) -> torch.Ten
     mel = mel.clamp_min(torch.finfo(torch.float32).eps).log().mT             # (..., bins, t)
     mel = F.pad(mel, (0, frames - mel.shape[-1]))             # a negative pad cuts
     return (mel + 4.268) / 9.138
+
+
+# ---- Checking: is a prepared data set what it says it is? ----
+
+PLAIN_NAME = re.compile(r"\w[\w.-]*")                 # the name of one file or folder, never a path
+KEYS = dict(name=str, classes=list, multilabel=bool, modalities=dict, shapes=dict)
+OPTIONAL = dict(counts=dict, tokenizer=dict, other_tokenizers=list, groups=dict, sample_groups=list,
+                sha256=dict, made_by=dict)
+FORMATS = {     # kind -> types and axes of its arrays
+    "frames": ("uint8", "(N, F, 3, S, S)"), "image": ("uint8", "(N, F, 3, S, S)"),
+    "flow": ("uint8", "(N, S, 2L, S, S)"), "text": ("int32 or int64", "(N, L)"),
+    "audio": ("float16 or float32", "(N, clips, bins, frames)"),
+}
+CHECKED = {}                                          # folder -> its files when all was right
+
+
+def check(folder: Path) -> dict:
+    """Is a prepared data set what the top of this file says? -> its dataset.json.
+
+    dataset.json, labels, ids and the headers of all arrays are looked at each time. Sound and token
+    ids are read whole, a block at a time, but only once: checked.json keeps sizes and times of the
+    files that were right. Pictures need no reading: every uint8 is a brightness.
+    Raises ValueError: one line that names the file and says what to do.
+    """
+    file = folder / "dataset.json"
+    try:
+        info = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON ({error}); prepare the data set again") from None
+    check_info(file, info)
+    arrays, used = {file: None}, set()                    # file -> array; class numbers in train
+    for split in ("train", "val", "test"):
+        labels = check_labels(folder / split, info)
+        if split == "train":
+            numbers = labels.any(0).nonzero()[0] if info["multilabel"] else np.unique(labels)
+            used.update(numbers.tolist())
+        for name, (kind, shape, _) in stored(info).items():
+            array = mapped(folder / split / f"{name}.npy")
+            check_format(folder / split / f"{name}.npy", array, kind, [len(labels), *shape])
+            arrays[folder / split / f"{name}.npy"] = array
+    need(used, folder / "train/labels.npy", "no sample has any class")
+
+    state, memory = {"version": 1}, folder / "checked.json"
+    for file in arrays:
+        state[str(file.relative_to(folder))] = [file.stat().st_size, file.stat().st_mtime_ns]
+    if CHECKED.get(folder) != state and remembered(memory) != state:
+        for file, array in arrays.items():
+            if array is not None:
+                check_values(file, array, *stored(info)[file.name.removesuffix(".npy")])
+        absent = [name for i, name in enumerate(info["classes"]) if i not in used]
+        if absent:
+            print(f"{folder}: {len(absent)} classes have no train sample, nothing can learn them:"
+                  f" {', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}")
+        try:
+            memory.unlink(missing_ok=True)                # a link could lead out of the folder
+            with open(memory, "x") as f:
+                json.dump(state, f, indent=1)
+        except OSError:
+            pass                                          # a folder that we may only read
+    CHECKED[folder] = state
+    return info
+
+
+def remembered(memory: Path):
+    try:
+        return json.loads(memory.read_text()) if memory.is_file() else None
+    except (ValueError, OSError, RecursionError):         # cut short: then we look again
+        return None
+
+
+def need(right, file: Path, problem: str) -> None:
+    if not right:
+        raise ValueError(f"{file}: {problem}; correct it, or prepare the data set again")
+
+
+def check_info(file: Path, info) -> None:
+    """dataset.json: all that the program uses has the right type, and no name is a path."""
+    need(isinstance(info, dict), file, "no object {...}")
+    for key, kind in {**KEYS, **OPTIONAL}.items():
+        there = info.get(key) is not None or key in KEYS
+        what = {str: "a text", bool: "true or false", list: "a list"}.get(kind, "an object {...}")
+        need(not there or isinstance(info.get(key), kind), file, f"{key!r} must be {what}")
+    classes, modalities = info["classes"], info["modalities"]
+    need(PLAIN_NAME.fullmatch(info["name"]), file, "'name' may have letters, digits, _ - . only")
+    need(classes and modalities, file, "'classes' and 'modalities' must not be empty")
+    for key in ("classes", "sample_groups"):
+        names = info.get(key) or []
+        need(all(isinstance(name, str) for name in names) and len(set(names)) == len(names), file,
+             f"{key!r} must be different texts")
+    for m, kind in modalities.items():
+        # Models are kept by modality in a ModuleDict, whose keys may not be its own methods.
+        taken = m in ("labels", "groups") or hasattr(torch.nn.ModuleDict(), m)
+        need(re.fullmatch(r"\w[\w-]*", m) and not taken, file,
+             f"'modalities': a name has letters, digits, _ - only, and Python's are taken: {m!r}")
+        need(kind in [*FORMATS], file, f"'modalities': {m} must be one of {', '.join(FORMATS)}")
+        need(kind != "text" or info.get("tokenizer"), file,
+             f"{m} is text, so 'tokenizer' must say kind and vocab_size")
+        shape = info["shapes"].get(m)
+        need(isinstance(shape, list) and all(isinstance(n, int) for n in shape), file,
+             f"'shapes' must have a list of numbers for {m}")
+    own = [info["tokenizer"]] if info.get("tokenizer") else []
+    for known in own + (info.get("other_tokenizers") or []):
+        right = isinstance(known, dict) and isinstance(known.get("vocab_size"), int)
+        need(right and re.fullmatch(r"\w+", str(known.get("kind", ""))), file,
+             "a tokenizer must say kind (a name) and vocab_size (a number)")
+    for name, members in (info.get("groups") or {}).items():
+        need(isinstance(members, list) and all(c in range(len(classes)) for c in members)
+             and not info["multilabel"], file,
+             f"'groups': {name!r} must list class numbers 0 to {len(classes) - 1}, no multilabel")
+    for path in info.get("made_by") or {}:
+        need(re.fullmatch(r"(\w+/)*\w+\.py", path), file, f"'made_by': no project file {path!r}")
+
+
+def stored(info: dict) -> dict[str, tuple]:
+    """Name of an array -> its kind, the shape of a sample, and the vocabulary of token ids."""
+    names = {}
+    for m, kind in info["modalities"].items():
+        names[m] = (kind, info["shapes"][m], info.get("tokenizer"))
+        for other in info.get("other_tokenizers") or []:
+            if kind == "text":                            # the same texts as other ids
+                names[f"{m}.{other['kind']}"] = (kind, info["shapes"][m], other)
+    return names
+
+
+def mapped(file: Path) -> np.ndarray:
+    """An .npy file, mapped into memory. Raises ValueError where it is none, or cut short."""
+    need(file.is_file(), file, "no such file")
+    try:
+        array = np.lib.format.open_memmap(file, mode="r")     # it never reads a pickle
+    except Exception as error:                            # numpy raises many kinds on a bad header
+        need(False, file, f"empty, cut short, or no .npy file of numbers ({error!r:.90})")
+    need(array.ndim and array.offset + array.nbytes == file.stat().st_size, file,
+         "another size than its header says")
+    return array
+
+
+def check_labels(folder: Path, info: dict) -> np.ndarray:
+    """-> the labels of a split. Its ids, groups and count in dataset.json must go with them."""
+    file, labels = folder / "labels.npy", mapped(folder / "labels.npy")
+    n, classes, groups = len(labels), len(info["classes"]), len(info.get("sample_groups") or [])
+    if info["multilabel"]:
+        check_numbers(file, labels, "uint8", (n, classes), 1)
+    else:
+        check_numbers(file, labels, "int64", (n,), classes - 1)
+    need((folder / "ids.txt").is_file(), folder / "ids.txt", "no such file (one id a line)")
+    try:
+        ids = (folder / "ids.txt").read_text(encoding="utf-8").splitlines()
+    except ValueError as error:
+        need(False, folder / "ids.txt", f"no UTF-8 text ({error})")
+    need(len(ids) == n, folder / "ids.txt", f"{len(ids)} ids, but {n} labels")
+    told = (info.get("counts") or {}).get(folder.name, n)
+    need(told == n, folder.parent / "dataset.json",
+         f"'counts' says {told!r:.40} {folder.name} samples, but there are {n} labels")
+    if groups and not info.get("groups"):
+        file = folder / "groups.npy"
+        check_numbers(file, mapped(file), "int64", (n,), groups - 1)
+    return labels
+
+
+def check_numbers(file: Path, array: np.ndarray, dtype: str, shape: tuple, top: int) -> None:
+    need(str(array.dtype) == dtype and array.shape == shape, file,
+         f"{array.dtype} {array.shape}, but it must be {dtype} {shape} of numbers 0 to {top}")
+    need(len(array), file, "no samples, but every split needs some")
+    need(array.min() >= 0 and array.max() <= top, file,
+         f"numbers {array.min()} to {array.max()}, but dataset.json allows 0 to {top}")
+
+
+def check_format(file: Path, array: np.ndarray, kind: str, shape: list) -> None:
+    dtypes, axes = FORMATS[kind]
+    right = str(array.dtype) in dtypes.split(" or ") and array.ndim == axes.count(",") + 1
+    if right and kind in ("frames", "image", "flow"):
+        channels, height, width = array.shape[2:]
+        right = height == width and (channels % 2 == 0 if kind == "flow" else channels == 3)
+    need(right and array.size, file, f"{array.dtype} {array.shape}, but {kind} is {dtypes} {axes}")
+    need(list(array.shape) == shape, file,
+         f"shape {list(array.shape)}, but labels and dataset.json ('shapes') say {shape}")
+
+
+def check_values(file: Path, array: np.ndarray, kind: str, _, vocabulary: dict | None) -> None:
+    """Sound must be finite, token ids in their vocabulary. About 16 MiB at a time."""
+    rows = max(1, 2 ** 24 // array[0].nbytes)
+    for start in range(0, len(array) if kind in ("audio", "text") else 0, rows):
+        block = array[start:start + rows]
+        need(kind == "text" or np.isfinite(block).all(), file,
+             f"NaN or infinity in samples {start} to {start + len(block) - 1}")
+        need(kind == "audio" or 0 <= block.min() <= block.max() < vocabulary["vocab_size"], file,
+             f"token ids not below the vocab_size of dataset.json, samples from {start} on")

@@ -487,7 +487,7 @@ def open_run(args, folder: Path) -> tuple:
     say_changes(folder)
     arguments.prepare_torch(settings["dataset"])
     where = arguments.find(args.data_root, settings["dataset"], settings["seed"])
-    info = runs.read_json(where / "dataset.json")
+    info = data.check(where)
     return folder, where, info, *load_run(folder, info, encoders_only=args.probe)
 
 

@@ -7,7 +7,6 @@ says (`paper/settings.py`).
 import argparse
 import difflib
 import importlib
-import json
 import math
 import os
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+import data
 from encoders import BUILD
 from harness import fingerprint, report, runs
 from paper import settings as paper
@@ -200,7 +200,7 @@ def open_data(args, seed: int) -> tuple[Path, dict]:
     if args.plot:
         report.import_pyplot()
     folder = find(args.data_root, args.dataset, seed)
-    info = json.loads((folder / "dataset.json").read_text())
+    info = data.check(folder)
     for value in [*args.encoder, *args.pretrained]:
         if "=" in value and value.split("=")[0] not in info["modalities"]:
             raise ValueError(f"{value}: {args.dataset} has no modality {value.split('=')[0]}, but"

@@ -27,7 +27,7 @@ PUBLISHED = {"train": 3339, "val": 402, "test": 402}
 def read_list(path: Path, videos: Path, event_span: bool) -> list[Item]:
     """One item a line. We split at & and do not read CSV: class names contain commas."""
     items = []
-    for n, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for n, line in enumerate(write.read_list(path).split("\n"), 1):
         if not line.strip() or line.startswith("Category&"):
             continue
         try:
@@ -36,7 +36,7 @@ def read_list(path: Path, videos: Path, event_span: bool) -> list[Item]:
         except ValueError:
             raise ValueError(f"{path}, line {n}: expected class&id&quality&start&end, "
                              f"found {line.strip()!r}") from None
-        file = videos / f"{video}.mp4"
+        file = write.below(videos, f"{video}.mp4")
         items.append(Item(video, label, {"audio": file, "visual": file}, span))
     return write.number_repeats(items)
 

@@ -21,7 +21,7 @@ label   a class name; or a list of class names, on every line, for a
         multi-label data set
 visual  one picture (.jpg, .png), a folder of pictures (frames, in the order of
         their numbers), or a video
-audio   a WAV file, or anything ffmpeg reads: a video gives its sound
+audio   a WAV file, or what ffmpeg reads: a video gives its sound
 text    the text itself; needs --tokenizer with the vocabulary of the text
         encoder: vocab.txt (BERT), or vocab.json merges.txt (DeBERTa)
 flow    a folder with u/ and v/, or with flow_x_*.jpg and flow_y_*.jpg: optical
@@ -42,6 +42,13 @@ SPLITS = ("train", "val", "test")
 MODALITIES = {"visual": "frames", "audio": "audio", "text": "text", "flow": "flow"}
 
 
+def is_line(text) -> bool:
+    """A text of one line, and not half of a character, as an escape in JSON may be."""
+    if not isinstance(text, str) or not text.strip() or len(text.splitlines()) > 1:
+        return False
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def problem_of(row, first: dict[str, int]) -> str | None:
     """What is wrong with one line by itself, and what to do. first: id -> the line that had it."""
     if not isinstance(row, dict):
@@ -49,14 +56,14 @@ def problem_of(row, first: dict[str, int]) -> str | None:
     if missing := [repr(key) for key in ("id", "split", "label") if key not in row]:
         return f"no {', '.join(missing)}: every line needs id, split and label"
     id, split, label = row["id"], row["split"], row["label"]
-    if not isinstance(id, str) or not id.strip() or "\n" in id:
+    if not is_line(id):
         return f"id {id!r} is no text: put it in quotes, on one line"
     if id in first:
         return f"id {id!r} is also on line {first[id]}: give every sample its own"
     if split not in SPLITS:
         return f"split {split!r}: write train, val or test"
     names = label if isinstance(label, list) else [label]
-    if not all(isinstance(name, str) and name for name in names):
+    if not all(map(is_line, names)):
         return f"label {label!r}: write a class name, or a list of class names, in quotes"
     if not row.keys() & MODALITIES.keys():
         return f"no modality: give at least one of {', '.join(MODALITIES)}"
@@ -67,6 +74,9 @@ def problem_of(row, first: dict[str, int]) -> str | None:
                 return f"text is {value!r}: write the text, in quotes"
         elif not isinstance(value, str) or not value:
             return f"{modality} is {value!r}: write a path, in quotes"
+        elif Path(value).is_absolute() or ".." in Path(value).parts:
+            return (f"{modality} {value!r} leads out of the folder of the index: copy or link "
+                    "(ln -s) the files into it")
 
 
 def problems_together(items: dict[int, Item], splits: dict[str, list[Item]]) -> list:
@@ -98,15 +108,15 @@ def read_index(path: Path) -> tuple[dict[str, list[Item]], dict[str, str]]:
     splits = {split: [] for split in SPLITS}
     items, first = {}, {}     # line -> Item, id -> line
     ignored, bad = set(), []     # keys that we do not know; (line, problem)
-    for n, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for n, line in enumerate(write.read_list(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             problem = problem_of(row, first)
-        except json.JSONDecodeError as error:
-            problem = (f"not JSON ({error.msg}, column {error.colno}): write one object a line, "
-                       "with double quotes and no comma at its end")
+        except (ValueError, RecursionError) as error:
+            problem = (f"not JSON ({error}): write one object a line, with double quotes and no "
+                       "comma at its end")
         if problem:
             bad.append((n, problem))
             continue

@@ -18,7 +18,6 @@ The texts are stored twice: as token ids of BERT (text.npy) and of DeBERTa
 (text.byte_bpe.npy). Both vocabularies are downloaded. With --tokenizer there
 is one array only, with the ids of your own vocabulary.
 """
-import csv
 from pathlib import Path
 
 from prepare import media, options, write
@@ -33,14 +32,13 @@ PUBLISHED = {"train": 67972, "test": 22716}
 def read_titles(source: Path, side: str) -> list[Item]:
     """Items of a list. A title may be empty or hold commas and quotes, so we read CSV."""
     path, items = source / f"texts/{side}_titles.csv", []
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        for n, row in enumerate(csv.reader(file), 1):
-            if len(row) != 3:
-                raise ValueError(f"{path}, line {n}: expected file,title,class, "
-                                 f"found {len(row)} fields")
-            name, title, label = row
-            image = source / f"images/{side}" / label / name
-            items.append(Item(Path(name).stem, label, {"visual": image, "text": title}))
+    for n, row in write.csv_rows(path):
+        if len(row) != 3:
+            raise ValueError(f"{path}, line {n}: expected file,title,class, "
+                             f"found {len(row)} fields")
+        name, title, label = row
+        image = write.below(source / f"images/{side}", label, name)
+        items.append(Item(Path(name).stem, label, {"visual": image, "text": title}))
     return write.number_repeats(items)
 
 

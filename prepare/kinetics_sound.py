@@ -22,7 +22,6 @@ the test here; a tenth of train becomes validation. Videos vanish from YouTube,
 so copies differ: --allow-missing 0.1 is usual, and dataset.json lists what is
 missing.
 """
-import csv
 import textwrap
 from pathlib import Path
 
@@ -47,21 +46,20 @@ VIDEOS = (".mp4", ".mkv", ".webm", ".avi")
 def read_list(path: Path) -> list[tuple[str, str | int]]:
     """(clip, class name) of each line of Kinetics' annotations; or (clip, class number)."""
     rows = []
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        for n, row in enumerate(csv.reader(file), 1):
-            if len(row) == 1:
-                row = row[0].split()
-            if not row or row[0] == "label":
-                continue
-            try:
-                if len(row) >= 4:
-                    clip = f"{row[1]}_{int(row[2]):06}_{int(row[3]):06}"
-                    rows.append((clip, row[0].replace(" ", "_")))
-                else:
-                    rows.append((row[0], int(row[-1])))
-            except ValueError:
-                raise ValueError(f"{path}, line {n}: expected label,youtube_id,start,end or "
-                                 f"clip,10,class number, found {row}") from None
+    for n, row in write.csv_rows(path):
+        if len(row) == 1:
+            row = row[0].split()
+        if not row or row[0] == "label":
+            continue
+        try:
+            if len(row) >= 4:
+                clip = f"{row[1]}_{int(row[2]):06}_{int(row[3]):06}"
+                rows.append((clip, row[0].replace(" ", "_")))
+            else:
+                rows.append((row[0], int(row[-1])))
+        except ValueError:
+            raise ValueError(f"{path}, line {n}: expected label,youtube_id,start,end or "
+                             f"clip,10,class number, found {row}") from None
     return rows
 
 
@@ -117,7 +115,7 @@ def main(argv=None):
             if isinstance(label, int):
                 label = classes[label]
             if label in classes:     # the annotations hold all of Kinetics-400
-                missing = args.source / clip
+                missing = write.below(args.source, clip)
                 source = {"audio": audio.get(clip, missing), "visual": visual.get(clip, missing)}
                 found[clip] = Item(clip, label, source)
         return list(found.values())

@@ -9,8 +9,11 @@ torchvision and torchaudio take seconds to import. So only the functions that us
 import functools
 import re
 import shutil
+import signal
+import struct
 import subprocess
 import tempfile
+import threading
 import wave
 from fractions import Fraction
 from pathlib import Path
@@ -25,17 +28,35 @@ from pretrained import checkpoints
 from pretrained.tokenizer import Tokenizer, load_tokenizer
 
 RATE = 16000     # samples a second
+# One file may not stop all others. These are far more than any clip needs.
+SECONDS = 600               # to decode one file with ffmpeg
+HOURS = 4                   # of sound in one file
+PIXELS = 2 ** 27            # of one picture: 12,000 x 11,000
 IMAGES = {".jpg", ".jpeg", ".png", ".webp"}
 # Kind of tokenizer -> the name of its public vocabulary in `pretrained.checkpoints.PUBLIC`.
 VOCABULARIES = {"wordpiece": "bert_vocab", "byte_bpe": "deberta_vocab"}
 
 
+# What ffmpeg may open: files that hold all that they show. Playlists (.m3u8, ffconcat) name other
+# files, or addresses in the network.
+PROTOCOLS = "file,pipe"
+DEMUXERS = ("aac,ac3,aiff,amr,ape,asf,au,avi,caf,dv,eac3,flac,flv,gif,h264,hevc,ivf,m4v,matroska,"
+            "webm,mov,mp4,mp3,mpc,mpeg,mpegts,mpegvideo,mxf,nut,ogg,rm,tta,w64,wav,wv,yuv4mpegpipe,"
+            "bmp_pipe,j2k_pipe,jpeg_pipe,pcx_pipe,pgm_pipe,png_pipe,ppm_pipe,tiff_pipe,webp_pipe")
+
+
 # ---- Files ----
+
+class NoFFmpeg(RuntimeError):
+    """No file is at fault, so this must not count as an unreadable item."""
+
 
 def check_file(path: Path) -> None:
     """Raise one line about a file that cannot be right. Nothing is decoded, so this is quick."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
+    if not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path} is a pipe or a device, no file")
     if path.is_file() and (size := path.stat().st_size) < 1024:
         if path.read_bytes().startswith(b"version https://git-lfs"):
             raise ValueError(f"{path} is a Git-LFS pointer, not the file: "
@@ -47,22 +68,34 @@ def check_file(path: Path) -> None:
 def ffmpeg(path: Path, options: list[str], chunk: int, span=None):
     """Decode one file with the ffmpeg program. Yields its output, `chunk` bytes at a time.
 
-    span: (start, end) in seconds, only this part.
+    span: (start, end) in seconds, only this part. Raises ValueError for a file that ffmpeg cannot
+    read, or not within SECONDS.
     """
     if not shutil.which("ffmpeg"):
-        # Not a ValueError: the file is not at fault, and must not count as an unreadable item.
-        raise RuntimeError(f"{path} needs the ffmpeg program to be read: "
-                           "install ffmpeg (apt, brew and conda have it) and run this again")
+        raise NoFFmpeg(f"{path} needs the ffmpeg program to be read: "
+                       "install ffmpeg (apt, brew and conda have it) and run this again")
     seek = ["-ss", str(span[0]), "-t", str(span[1] - span[0])] if span else []
-    command = ["ffmpeg", "-nostdin", "-v", "error", "-threads", "1",
+    command = ["ffmpeg", "-nostdin", "-v", "error", "-threads", "1", "-max_pixels", str(PIXELS),
+               "-protocol_whitelist", PROTOCOLS, "-format_whitelist", DEMUXERS,
                *seek, "-i", f"file:{path}", *options, "-"]
     with (tempfile.TemporaryFile() as log,
           subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as process):
-        while data := process.stdout.read(chunk):
-            yield data
-        if process.wait():
+        too_long = threading.Timer(SECONDS, process.kill)
+        too_long.start()
+        try:
+            while data := process.stdout.read(chunk):
+                yield data
+            process.wait()
+        finally:     # also where nobody wants the rest
+            too_long.cancel()
+            process.kill()
+        if process.returncode == -signal.SIGKILL:
+            raise ValueError(f"{path}: ffmpeg took over {SECONDS} s, or all memory; cut the file")
+        if process.returncode:
             log.seek(0)
-            reason = log.read().decode(errors="replace").strip().split("\n")[0]
+            reason = log.read(2000).decode(errors="replace").strip().split("\n")[0]
+            if "not on whitelist" in reason:
+                reason = "not one of the formats that hold sound and pictures themselves"
             raise ValueError(f"{path}: ffmpeg cannot read it ({reason})")
 
 
@@ -77,14 +110,13 @@ def read_wave(path, span=None) -> torch.Tensor:
     check_file(path)
     try:
         x, rate = read_pcm(path)
-    except (wave.Error, EOFError):     # another format, or a WAV file of floats
-        options = ["-map", "0:a:0", "-af", "pan=mono|c0=c0", "-ar", str(RATE), "-f", "f32le"]
-        decoded = b"".join(ffmpeg(path, options, 1 << 20, span))
-        x = torch.from_numpy(np.frombuffer(decoded, "<f4").copy())
+    except (wave.Error, EOFError, RuntimeError) as error:     # RuntimeError: a chunk beyond the end
+        if path.suffix.lower() == ".wav" and "unknown format" not in str(error) and (
+                not shutil.which("ffmpeg")):
+            raise ValueError(f"{path}: no WAV file, or a damaged one ({error})") from None
+        x = decode_sound(path, span)     # another format, or a WAV file of floats
     else:
-        if rate != RATE:
-            import torchaudio
-            x = torchaudio.functional.resample(x, rate, RATE)
+        x = resample(path, x, rate)
         if span:
             x = x[int(span[0] * RATE):int(span[1] * RATE)]
     if not len(x):
@@ -92,11 +124,40 @@ def read_wave(path, span=None) -> torch.Tensor:
     return x
 
 
+def decode_sound(path: Path, span=None) -> torch.Tensor:
+    """As `read_wave`, with ffmpeg."""
+    options = ["-map", "0:a:0", "-af", "pan=mono|c0=c0", "-ar", str(RATE), "-f", "f32le"]
+    decoded = bytearray()
+    for data in ffmpeg(path, options, 1 << 20, span):
+        decoded += data
+        if len(decoded) > HOURS * 3600 * RATE * 4:
+            raise ValueError(f"{path}: more than {HOURS} hours of sound; cut it")
+    return torch.from_numpy(np.frombuffer(decoded, "<f4"))
+
+
+def resample(path: Path, x: torch.Tensor, rate: int) -> torch.Tensor:
+    """(n,) at `rate` -> (m,) at 16 kHz."""
+    if rate == RATE:
+        return x
+    if not 1000 <= rate <= 1_000_000:
+        raise ValueError(f"{path}: {rate} samples a second in its header; no sound has that")
+    # torchaudio's filters have rate / gcd x 16000 / gcd numbers: for 44,101 Hz they fill 12 GB.
+    # An odd rate becomes a simple fraction of 16 kHz. That changes it by 1 in 8,000 or less.
+    ratio = Fraction(rate, RATE)
+    if ratio.numerator * ratio.denominator > 2 ** 24:
+        ratio = ratio.limit_denominator(int((2 ** 24 / ratio) ** 0.5))
+    import torchaudio
+    return torchaudio.functional.resample(x, ratio.numerator, ratio.denominator)
+
+
 def read_pcm(path: Path) -> tuple[torch.Tensor, int]:
     """Channel 0 of a WAV file of integers, float32 (n,) in [-1, 1), and its samples a second."""
     with wave.open(str(path), "rb") as file:
         rate, channels, width = file.getframerate(), file.getnchannels(), file.getsampwidth()
-        data = np.frombuffer(file.readframes(file.getnframes()), np.uint8)
+        if width > 4:
+            raise wave.Error(f"{width} bytes a sample")
+        there = path.stat().st_size // (channels * width)     # whatever the header says
+        data = np.frombuffer(file.readframes(min(file.getnframes(), there)), np.uint8)
     whole = len(data) // (channels * width) * channels * width
     first = data[:whole].reshape(-1, channels, width)[:, 0]     # (n, bytes), lowest byte first
     if width == 1:
@@ -143,6 +204,34 @@ def images(folder: Path, pattern: str = "*") -> list[Path]:
     return sorted(files, key=by_number)
 
 
+def check_picture_size(path: Path) -> None:
+    """Raise ValueError for a picture that would fill the memory, before it is decoded.
+
+    The header of a PNG, GIF or JPEG file says how large it is. WebP has 16,383 pixels a side.
+    """
+    width, height = 1, 1
+    with open(path, "rb") as file:
+        head = file.read(24).ljust(24)
+        if head.startswith(b"\x89PNG"):
+            width, height = struct.unpack(">II", head[16:24])
+        elif head.startswith(b"GIF8"):
+            width, height = struct.unpack("<HH", head[6:10])
+        elif head.startswith(b"\xff\xd8"):
+            file.seek(2)
+            # Segments: FF, a kind, the length. The kinds C0 to CF, but for three, have the size.
+            while len(segment := file.read(9)) == 9 and segment[0] == 0xFF:
+                kind, length = struct.unpack(">xBH", segment[:4])
+                if kind == 0xFF:     # FF FF is filling
+                    file.seek(-8, 1)
+                    continue
+                if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
+                    height, width = struct.unpack(">HH", segment[5:])
+                    break
+                file.seek(length - 7, 1)
+    if width * height > PIXELS:
+        raise ValueError(f"{path}: {width} x {height} pixels fill the memory; make it smaller")
+
+
 def read_image(path: Path, size: int, mode: str = "RGB") -> torch.Tensor:
     """One picture, uint8 (3, s, s), or (1, s, s) with mode GRAY.
 
@@ -150,11 +239,16 @@ def read_image(path: Path, size: int, mode: str = "RGB") -> torch.Tensor:
     """
     from torchvision.io import decode_image
     check_file(path)
+    check_picture_size(path)
     try:
         x = decode_image(str(path), mode=mode, apply_exif_orientation=True)
         if x.ndim == 4:     # an animated GIF under another name: its first frame
             x = x[0]
-        shorter = min(x.shape[-2:])
+        if x.dtype == torch.uint16:     # 16 bits a channel: 65535 becomes 255
+            x = ((x.int() + 128) // 257).to(torch.uint8)
+        shorter, longer = sorted(x.shape[-2:])
+        if longer > 200 * shorter:     # as wide as `size` it would fill the memory
+            raise ValueError(f"{path}: {longer} x {shorter} pixels are too narrow; crop it")
         h, w = (side * size // shorter for side in x.shape[-2:])
         x = F.interpolate(x[None], (h, w), mode="bicubic", antialias=True)[0]
     except RuntimeError as error:
@@ -274,7 +368,7 @@ class Item(NamedTuple):
     """One sample, and where its recordings are."""
     id: str
     label: str | list[str]          # a class name, or a list of them (multi-label)
-    source: dict                    # modality -> path, pair of paths, or a text itself
+    source: dict                    # modality -> path, pair of paths, text, or an exception
     span: tuple | None = None       # (start, end) in seconds: only this part of the recording
 
 
@@ -288,28 +382,48 @@ def read_item(item: Item, kinds: dict[str, str], args, tokenizer=None, others=()
     One recording that is in no data set needs no `others`:
     read_item(Item("clip", "", {"text": "a storm"}), {"text": "text"}, args, tokenizer)
 
-    Raises ValueError or OSError when this item cannot be read.
+    Raises ValueError, whose one line names the file, when this item cannot be read.
     """
     row = {}
     for modality, kind in kinds.items():
         source = item.source[modality]
-        if kind == "frames":
-            row[modality] = read_frames(source, args.frames, args.size, item.span)
-        elif kind == "image":
-            row[modality] = read_frames(source, 1, args.size, item.span)
-        elif kind == "flow":
-            row[modality] = read_flow(source, args.stacks, args.flow_length, args.size)
-        elif kind == "audio":
-            sound = read_wave(source, item.span)
-            try:
-                row[modality] = audio_clips(sound, args.clips).half().numpy()
-            except ValueError as error:
-                raise ValueError(f"{source}: {error}") from None
-        else:
-            text = source
-            if isinstance(source, Path):
-                text = source.read_text(encoding="utf-8", errors="replace")
-            row[modality] = token_ids(text, tokenizer, args.max_length)
-            for other in others:
-                row[f"{modality}.{other.kind}"] = token_ids(text, other, args.max_length)
+        try:
+            if kind == "text":
+                text = source
+                if isinstance(source, Path):
+                    text = source.read_text(encoding="utf-8", errors="replace")
+                row[modality] = token_ids(text, tokenizer, args.max_length)
+                for other in others:
+                    row[f"{modality}.{other.kind}"] = token_ids(text, other, args.max_length)
+            else:
+                row[modality] = read_media(source, kind, args, item.span)
+        except NoFFmpeg:
+            raise
+        except Exception as error:     # decoders raise many kinds, some of them without a word
+            raise ValueError(one_line(error, source, item.id)) from None
     return row
+
+
+def read_media(source, kind: str, args, span) -> np.ndarray:
+    """The array of one recording that is no text."""
+    if kind == "frames":
+        return read_frames(source, args.frames, args.size, span)
+    if kind == "image":
+        return read_frames(source, 1, args.size, span)
+    if kind == "flow":
+        return read_flow(source, args.stacks, args.flow_length, args.size)
+    clips = audio_clips(read_wave(source, span), args.clips).half().numpy()
+    if not np.isfinite(clips).all():
+        raise ValueError("NaN, infinity or far too large numbers in its sound")
+    return clips
+
+
+def one_line(error: Exception, source, id: str) -> str:
+    """What an error says, with the file that it is about."""
+    said = str(error).strip() or type(error).__name__
+    said = " ".join(said.split())[:300]
+    paths = source if isinstance(source, (tuple, list)) else [source]
+    paths = [str(path) for path in paths if isinstance(path, Path)]
+    if not paths:
+        return f"the text of {id}: {said}"
+    return said if any(path in said for path in paths) else f"{paths[0]}: {said}"

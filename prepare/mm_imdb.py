@@ -35,19 +35,23 @@ GENRES = """Drama Comedy Romance Thriller Crime Action Adventure Horror Document
 def read_film(folder: Path, film: str, dropped: Counter) -> Item:
     """One film; the genres that are dropped are counted in `dropped`.
 
-    Where the .json is missing, its path stands for the text: so the film counts as unreadable.
+    Where the .json is missing or broken, an error stands for the text: the film is unreadable.
     """
-    path, poster = folder / f"{film}.json", folder / f"{film}.jpeg"
-    if not path.exists():
-        return Item(film, [], {"visual": poster, "text": path})
+    path, poster = write.below(folder, f"{film}.json"), write.below(folder, f"{film}.jpeg")
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-        dropped.update(genre for genre in info["genres"] if genre not in GENRES)
-        label = [genre for genre in info["genres"] if genre in GENRES]
-        plot = max(info["plot"], key=len)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected JSON with a list `genres` and a list `plot` "
-                         f"({error!r})") from None
+        genres, plots = info["genres"], info["plot"]
+        if not isinstance(genres, list) or not isinstance(plots, list):
+            raise TypeError("no lists")
+        plot = max(plots, key=len)
+    except FileNotFoundError as error:
+        return Item(film, [], {"visual": poster, "text": error})
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        why = ValueError(f"{path}: expected JSON with a list `genres` and a list `plot` "
+                         f"({error!r})")
+        return Item(film, [], {"visual": poster, "text": why})
+    dropped.update(genre for genre in genres if genre not in GENRES)
+    label = [genre for genre in genres if genre in GENRES]
     return Item(film, label, {"visual": poster, "text": plot})
 
 
@@ -61,14 +65,18 @@ def main(argv=None):
     if not split_file.exists() or not folder.is_dir():
         raise FileNotFoundError(f"no split.json and dataset/ in {args.source}. {HELP}")
     tokenizer, others = media.tokenizers(args, "deberta_vocab")
-    lists = json.loads(split_file.read_text())
-    if not isinstance(lists, dict) or {"train", "dev", "test"} - lists.keys():
+    try:
+        lists = json.loads(write.read_list(split_file))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{split_file} is no JSON ({error})") from None
+    if not isinstance(lists, dict) or not all(
+            isinstance(lists.get(name), list) for name in ("train", "dev", "test")):
         raise ValueError(f"{split_file}: expected lists of ids under train, dev and test")
 
     dropped = Counter()
     splits = {}
     for split, name in (("train", "train"), ("val", "dev"), ("test", "test")):
-        splits[split] = [read_film(folder, film, dropped) for film in lists[name]]
+        splits[split] = [read_film(folder, str(film), dropped) for film in lists[name]]
     counts = {split: len(items) for split, items in splits.items()}
     write.check_counts(counts, PUBLISHED, args.allow_missing)
     names = ", ".join(f"{genre} ({n})" for genre, n in dropped.most_common())

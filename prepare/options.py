@@ -1,9 +1,14 @@
 """The command line of the prepare scripts: the options they share, and errors in one line."""
 import argparse
 import os
+import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
+
+from data import PLAIN_NAME
+from paper.settings import SETTINGS
 
 
 def parser(doc: str, script: str, frames: int = 3, text: bool = False, flow: bool = False,
@@ -49,8 +54,9 @@ def parse(p: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
     for option in ("size", "frames", "clips", "stacks", "flow_length", "max_length", "workers"):
         if getattr(args, option, 1) < 1:
             p.error(f"--{option.replace('_', '-')} must be at least 1")
-    if not 0 <= args.allow_missing <= 1 or Path(args.name).name != args.name:
-        p.error("--allow-missing is a share between 0 and 1, and --name the name of one folder")
+    if not 0 <= args.allow_missing <= 1:
+        p.error("--allow-missing is a share between 0 and 1")
+    check_name(args.name, p.prog.split(".")[-1])
     words = sys.argv[1:] if argv is None else argv
     args.command = f"{p.prog} {shlex.join(words)}"
     folder = Path(args.data_root) / args.name
@@ -63,11 +69,41 @@ def parse(p: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
     return args
 
 
+def check_name(name: str, script: str) -> None:
+    """Raise ValueError for a name that is no plain one, or that another data set has."""
+    if not PLAIN_NAME.fullmatch(name):
+        raise ValueError(f"--name {name!r}: the name of one folder, of letters, digits, _ - and .")
+    taken = SETTINGS.keys() - {script, "custom"}
+    if re.sub(r"-s\d+$", "", name) in taken:     # toy-s0 is where the toy of seed 0 lies
+        raise ValueError(f"--name {name}: that is a data set of the paper or a toy, and --dataset"
+                         " would take yours for it; choose another name")
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove .<folder>.<process>, which processes that were killed have left beside `folder`."""
+    for left in folder.parent.glob(f".{folder.name}.*"):
+        process = left.suffix[1:]
+        if process.isdecimal() and not is_alive(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)     # no signal: it only asks
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
 def run(main) -> None:
     """Call main(). A trouble that we expect becomes one line on stderr, with exit code 1."""
     try:
         main()
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except (RuntimeError, MemoryError) as error:     # torch says more than one line
+        sys.exit(f"error: {(str(error) or 'not enough memory').splitlines()[0]}")
     except KeyboardInterrupt:
         sys.exit("interrupted: nothing was written")

@@ -134,8 +134,18 @@ def make(folder: Path, name: str, seed: int, made_by=None) -> None:
 
     made_by: fingerprints of the code that generates it; dataset.json keeps them.
     """
-    world, sizes = WORLDS[name], SIZES[name]
+    options.remove_stale(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        generate(temporary, name, seed)
+        write_info(temporary, folder, name, seed, made_by)
+    finally:     # after a full disk or Ctrl-C
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def generate(temporary: Path, name: str, seed: int) -> None:
+    """The arrays of `make`."""
+    world, sizes = WORLDS[name], SIZES[name]
     for k, (split, n) in enumerate(sizes.items()):
         rng = torch.Generator().manual_seed(10 * seed + k + 1)
         count = class_counts(world["weight"], n)
@@ -157,7 +167,6 @@ def make(folder: Path, name: str, seed: int, made_by=None) -> None:
             np.save(temporary / split / "groups.npy", torch.cat(group).numpy())
         ids = "".join(f"{split}{i:04d}\n" for i in range(n))
         (temporary / split / "ids.txt").write_text(ids)
-    write_info(temporary, folder, name, seed, made_by)
 
 
 def write_info(temporary: Path, folder: Path, name: str, seed: int, made_by) -> None:
@@ -181,7 +190,6 @@ def write_info(temporary: Path, folder: Path, name: str, seed: int, made_by) -> 
         # Another process has made the same files meanwhile. We keep those: it may read them now.
         if not (folder / "dataset.json").exists():
             raise
-        shutil.rmtree(temporary)
 
 
 def class_counts(weight: list[int], n: int) -> torch.Tensor:

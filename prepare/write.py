@@ -4,22 +4,58 @@ A script of this folder finds its items: which ids, which labels, which files. T
 `check_counts` compares them with what is published, `carve_val` makes a validation split, and
 `write_dataset` decodes them and writes all arrays, or nothing at all.
 """
+import csv
+import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+import data
 from prepare import media
 from prepare.media import Item
+
+
+# ---- Lists ----
+
+def read_list(path: Path, newline=None) -> str:
+    """A list file as text. Raises ValueError, with its name, where it is not UTF-8."""
+    try:
+        with open(path, encoding="utf-8-sig", newline=newline) as file:
+            return file.read()
+    except ValueError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}); save it as UTF-8") from None
+
+
+def csv_rows(path: Path) -> list[tuple[int, list[str]]]:
+    """(line, fields) of a CSV file."""
+    rows = csv.reader(io.StringIO(read_list(path, newline=""), newline=""))
+    try:
+        return [(rows.line_num, row) for row in rows]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {rows.line_num}: no CSV ({error})") from None
+
+
+def below(folder: Path, *names: str) -> Path:
+    """folder/names; a list of files may not name any outside of its folder.
+
+    Raises ValueError for an absolute path and for one with "..".
+    """
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{name} leads out of {folder}: copy or link (ln -s) the files into"
+                             " that folder, and write paths relative to it")
+    return folder.joinpath(*names)
 
 
 # ---- Splits and classes ----
@@ -112,14 +148,16 @@ def look_at_files(split: str, items: list[Item], allow_missing: float) -> Unread
         try:
             for source in item.source.values():
                 check_source(source)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError) as error:     # a name may be too long, or hold a zero byte
             bad[item.id] = str(error)
     bad.check()
     return bad
 
 
 def check_source(source) -> None:
-    """source: a path, a pair of paths, or a text (which needs no check)."""
+    """source: a path, a pair of paths, a text (which needs no check), or why there is none."""
+    if isinstance(source, Exception):
+        raise source
     paths = source if isinstance(source, (tuple, list)) else [source]
     for path in paths:
         if isinstance(path, Path):
@@ -165,7 +203,7 @@ def write_dataset(args, splits: dict[str, list[Item]], kinds: dict[str, str], cl
     def attempt(item):     # -> the item's arrays, or the exception why not
         try:
             return media.read_item(item, kinds, args, tokenizer, others)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             return error
 
     unreadable, todo = {}, {}
@@ -173,12 +211,9 @@ def write_dataset(args, splits: dict[str, list[Item]], kinds: dict[str, str], cl
         bad = look_at_files(split, items, args.allow_missing)
         unreadable[split] = bad
         todo[split] = [item for item in items if item.id not in bad]
-    row = first_row(todo["train"], attempt)
-    check_disk(folder, sum(len(items) for items in todo.values()), row)
-
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    old = folder.with_name(f"{partial.name}-old")
-    try:
+    with new_folder(folder, args.overwrite) as partial:
+        row = first_row(todo["train"], attempt)
+        check_disk(folder, sum(len(items) for items in todo.values()), row)
         for split, items in todo.items():
             write_split(partial / split, items, attempt, unreadable[split], classes, args.workers)
         info = dict(
@@ -196,17 +231,52 @@ def write_dataset(args, splits: dict[str, list[Item]], kinds: dict[str, str], cl
             versions={package: version(package) for package in packages},
             sha256=hashes(partial))
         (partial / "dataset.json").write_text(json.dumps(info, indent=1))
-        if args.overwrite and folder.exists():
-            folder.rename(old)     # it stays until the new one is whole
-        partial.rename(folder)
-    finally:     # after an error or Ctrl-C, too: nothing half-written stays
-        shutil.rmtree(partial, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        data.check(partial)
     for split, bad in unreadable.items():
         left_out = f", {len(bad)} left out, the first: {next(iter(bad.values()))}" if bad else ""
         print(f"{split}: {len(splits[split]) - len(bad):,} items{left_out}")
+
+
+@contextmanager
+def new_folder(folder: Path, overwrite: bool):
+    """A new folder to write to, which becomes `folder` at the end, or nothing after any trouble.
+
+    Raises ValueError where another process is at it. What a killed process left is cleared away.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    old, lock = folder.with_name(f"{partial.name}-old"), folder.with_name(f".{folder.name}.lock")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)     # it ends with the process
+            mine = os.fstat(file.fileno()).st_nlink > 0     # or that process has just ended
+        except BlockingIOError:
+            mine = False
+        if not mine:
+            raise ValueError(f"another process is making {folder}: wait for it, or choose another"
+                             " --name")
+        try:
+            clear(partial, old, folder)
+            if folder.exists() and not overwrite:
+                raise ValueError(f"{folder} is already there; --overwrite makes it again")
+            yield partial
+            if folder.exists():
+                folder.rename(old)     # it stays until the new one is whole
+            partial.rename(folder)
+        except OSError as error:
+            if error.filename is None:     # as a full disk says it
+                raise OSError(f"{folder}: {error.strerror or error}; nothing was written") from None
+            raise
+        finally:     # after an error or Ctrl-C, too: nothing half-written stays
+            clear(partial, old, folder)
+            lock.unlink()
+
+
+def clear(partial: Path, old: Path, folder: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_split(folder: Path, items: list[Item], attempt, unreadable: Unreadable,

@@ -434,7 +434,7 @@ def test_an_interrupted_run_leaves_nothing_new_and_the_old_whole(tmp_path, monke
 
 def test_every_file_has_its_hash_in_dataset_json(tmp_path):
     info = prepare_custom(small_index(tmp_path), tmp_path / "data")
-    files = [f for f in (tmp_path / "data/set").rglob("*") if f.is_file() and f.name != "dataset.json"]
+    files = [f for f in (tmp_path / "data/set").rglob("*/*") if f.is_file()]
     found = {str(f.relative_to(tmp_path / "data/set")): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
     assert info["sha256"] == found
     names = ("audio.npy", "ids.txt", "labels.npy", "visual.npy")
@@ -460,8 +460,10 @@ def test_trouble_in_the_very_last_step_brings_the_old_data_back(tmp_path, monkey
 @needs_ffmpeg
 def test_custom_on_original_video_files(tmp_path):
     clips = sorted((REAL / "grid_av/VideoMPG").glob("*.mpg"))[:6]
-    rows = [{"id": c.stem, "split": ["train", "val", "test"][i % 3], "label": "clip", "visual": str(c), "audio": str(c)}
-            for i, c in enumerate(clips)]
+    (tmp_path / "real").symlink_to(REAL)
+    paths = [f"real/grid_av/VideoMPG/{c.name}" for c in clips]
+    rows = [{"id": c.stem, "split": ["train", "val", "test"][i % 3], "label": "clip", "visual": path, "audio": path}
+            for i, (c, path) in enumerate(zip(clips, paths))]
     index = write_index(tmp_path / "index.jsonl", rows)
     info = prepare_custom(index, tmp_path / "data", "--size", "64", "--frames", "4")
     assert info["shapes"] == {"visual": [4, 3, 64, 64], "audio": [3, 128, 204]}
@@ -477,9 +479,10 @@ def test_custom_on_original_video_files(tmp_path):
 @needs_real
 def test_custom_on_frames_sound_and_flow(tmp_path):
     clips = sorted(f.name for f in (REAL / "grid_av/Flow").iterdir())[:6]
+    (tmp_path / "real").symlink_to(REAL / "grid_av")
     rows = [{"id": c, "split": ["train", "val", "test"][i % 3], "label": "clip",
-             "visual": str(REAL / "grid_av/Frames" / c), "audio": str(REAL / f"grid_av/AudioWAV/{c}.wav"),
-             "flow": str(REAL / "grid_av/Flow" / c)} for i, c in enumerate(clips)]
+             "visual": f"real/Frames/{c}", "audio": f"real/AudioWAV/{c}.wav",
+             "flow": f"real/Flow/{c}"} for i, c in enumerate(clips)]
     index = write_index(tmp_path / "index.jsonl", rows)
     info = prepare_custom(index, tmp_path / "data", "--size", "64", "--stacks", "2", "--flow-length", "5")
     assert info["shapes"] == {"visual": [3, 3, 64, 64], "audio": [3, 128, 204], "flow": [2, 10, 64, 64]}
