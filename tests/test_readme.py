@@ -21,7 +21,8 @@ import torch
 
 from harness import runs
 from prepare import toy
-from running import MMLORA, SMALL, process
+from running import MMLORA, SMALL
+from test_fingerprint import Project
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -200,9 +201,7 @@ def test_change_one_line_and_run_again(copied, root, tmp_path):
     assert text.count(before) == 1
     (project / "lora.py").write_text(text.replace(before, after))
 
-    started = process("train_joint.py", *SMALL, out=copied, root=root, project=project)
-    out, err = started.communicate(timeout=120)
-    assert started.returncode == 0, err
+    out = Project(project).run("train_joint.py", *SMALL, "--out", copied, "--data-root", root)
     out = out.replace(str(copied), "runs")
     shown = next(block for block in blocks(README, "") if "lora.py has changed: training" in block)
     # The page shows toy_mimics; here it is the toy that all tests have.

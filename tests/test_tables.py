@@ -488,7 +488,7 @@ def test_fill_runs_what_is_missing_and_no_more(root, step_1, quick):
 def test_fill_trains_anew_what_other_code_has_made(root, step_1, tmp_path, quick):
     """On a toy, as the training scripts do."""
     out = shutil.copytree(step_1, tmp_path / "runs")
-    words = [13, *"--dataset toy --fill --epochs 1".split()]
+    words = [13, *"--dataset toy --fill --epochs 1 --batch-size 200".split()]
     call("paper.tables", *words, out=out, root=root)
     config = out / "toy/mmlora-all-r1-s0/config.json"
     made = json.loads(config.read_text())
