@@ -551,7 +551,7 @@ def main() -> None:
             show_clip(folder, args)
         return
     if args.compare:
-        if args.run or args.probe or args.temperature or args.fusion:
+        if args.run or args.drop or args.probe or args.temperature or args.fusion:
             raise ValueError("--compare stands alone, with --seeds at most")
         return show_comparison(args)
     if args.run and (args.temperature or args.fusion == "weighted"):
