@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import data
-from encoders import BERT, BUILD, AudioViT, DeBERTa, ResNet, ViT
+from encoders import BERT, BUILD, AudioViT, DeBERTa, ResNet, ViT, quick_gelu
 from harness import arguments, fingerprint, linear, metrics, report, runs
 from harness.models import load_run, pretrained_model
 from lora import merge_lora
@@ -261,6 +261,8 @@ def export_run(folder: Path, info: dict, settings: dict, models, target: Path) -
             runs.write_tensors(partial / m / "head.safetensors", model.head.state_dict(), classes)
             told.append(f"{target / m / file}: encoder {name}, {note};"
                         f" for {READERS[type(encoder)]}")
+            if isinstance(encoder, ViT) and encoder.blocks[0].activation is quick_gelu:
+                told.append("its activation is QuickGELU: open_clip needs force_quick_gelu=True")
             told.append(f"{target / m / 'head.safetensors'}: linear layer on its features,"
                         f" {len(info['classes'])} classes")
         partial.replace(target)
