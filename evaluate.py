@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import data
-from encoders import BERT, BUILD, AudioViT, DeBERTa, ResNet, ViT
+from encoders import BERT, BUILD, AudioViT, DeBERTa, ResNet, ViT, quick_gelu
 from harness import (arguments, calibration, compare, fingerprint, linear, metrics, report,
                      runs)
 from harness.models import ADAPTED, load_run, pretrained_model
@@ -430,6 +430,8 @@ def export_run(folder: Path, info: dict, settings: dict, models, target: Path) -
             runs.write_tensors(partial / m / "head.safetensors", model.head.state_dict(), classes)
             told.append(f"{target / m / file}: encoder {name}, {note};"
                         f" for {READERS[type(encoder)]}")
+            if isinstance(encoder, ViT) and encoder.blocks[0].activation is quick_gelu:
+                told.append("its activation is QuickGELU: open_clip needs force_quick_gelu=True")
             told.append(f"{target / m / 'head.safetensors'}: linear layer on its features,"
                         f" {len(info['classes'])} classes")
         partial.replace(target)

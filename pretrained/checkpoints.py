@@ -283,9 +283,9 @@ def load_public(encoder, path):
         other = other or configs.foreign_beside(path)
     if other:
         raise ValueError(complaint + f"it holds {other}")
-    if table.keys().isdisjoint(names):
-        raise ValueError(complaint + f"that needs a checkpoint of {LAYOUTS[type(encoder)].name},"
-                                     f" this one holds {files.guess(names)}")
+    needs, holds = LAYOUTS[type(encoder)].name, files.guess(names)
+    if needs != holds and len(table.keys() & set(names)) < len(table) / 2:
+        raise ValueError(complaint + f"that needs a checkpoint of {needs}, this one holds {holds}")
 
     own = encoder.state_dict()
     state, wrong = {}, []

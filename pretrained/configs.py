@@ -5,6 +5,7 @@ Our encoders compute what these ten public architectures compute and nothing els
 that they do not follow is an error that names it.
 """
 import json
+import os
 import re
 from pathlib import Path
 
@@ -180,7 +181,7 @@ def files_of(path: Path) -> list[Path]:
 def encoder_name(folder: Path) -> str:
     """What a folder's encoder is called in settings and names of runs: "bert-all-MiniLM-L6-v2"."""
     family, _ = read_config(folder)
-    folder = folder.resolve()
+    folder = Path(os.path.abspath(folder))     # "." has a name, too
     if folder.parent.name == "snapshots":      # the hub's cache: models--org--name/snapshots/hash
         folder = Path(folder.parents[1].name.split("--")[-1])
     return f"{family}-{re.sub('[^A-Za-z0-9.]+', '-', folder.name)}"

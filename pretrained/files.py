@@ -102,17 +102,19 @@ A_VIT = "an OpenCLIP ViT, such as laion/CLIP-ViT-B-16-laion2B-s34B-b88K"
 THE_SAME = ("the open_clip_* file beside it; of OpenAI's CLIP that of"
             " timm/vit_base_patch16_clip_224.openai")
 
-FOREIGN = {     # model_type of config.json: (what it is, how names start, what to take instead)
-    "roberta": ("RoBERTa", r"roberta\.|lm_head\.", A_BERT),
+# model_type in config.json: (what it is, how names start, what to take instead)
+FOREIGN = {
+    "roberta": ("RoBERTa", r"roberta\.", A_BERT),
     "xlm-roberta": ("XLM-RoBERTa", r"$", A_BERT),
     "distilbert": ("DistilBERT", r"distilbert\.|transformer\.layer\.0\.attention\.q_lin", A_BERT),
     "electra": ("ELECTRA", r"electra\.|discriminator_predictions\.|embeddings_project\.", A_BERT),
     "albert": ("ALBERT", r"albert\.|encoder\.albert_layer_groups", A_BERT),
     "deberta-v2": ("DeBERTa version 2 or 3",
                    r"(deberta\.)?encoder\.layer\.0\.attention\.self\.query_proj", A_DEBERTA),
-    "siglip": ("SigLIP, ConvNeXt or another model that OpenCLIP takes from timm", r"visual\.trunk\.",
-               A_VIT),
-    "siglip_vision_model": ("SigLIP", r"(vision_model\.)?embeddings\.patch_embedding\.bias", A_VIT),
+    "siglip": ("SigLIP", r"(vision_model\.)?embeddings\.patch_embedding\.bias", A_VIT),
+    "timm_wrapper": ("SigLIP, ConvNeXt or another model that OpenCLIP takes from timm",
+                     r"visual\.trunk\.", A_VIT),
+    "clip_resnet": ("a ResNet of CLIP", r"visual\.layer1\.", A_VIT),
     "clip": ("CLIP as the transformers library stores it", r"vision_model\.|text_model\.", THE_SAME),
     "clip_vision_model": ("CLIP's ViT as the transformers library stores it",
                           r"embeddings\.class_embedding", THE_SAME),

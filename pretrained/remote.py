@@ -6,6 +6,7 @@ section 14). So we read the index, about 0.5 MB, and then the bytes of these ten
 
 A connection that is cut goes on where it stopped, in the same call or in the next one.
 """
+import contextlib
 import hashlib
 import http.client
 import io
@@ -84,7 +85,7 @@ class RemoteFile(io.RawIOBase):
         if reply.status == 206 and not part.startswith(f"bytes {first}-"):
             raise OSError(f"asked for bytes from {first}, the server sent {part}")
         # A file that changes meanwhile would end as a mixture of two.
-        if self.version and reply.headers["ETag"] != self.version:
+        if self.version and reply.headers.get("ETag", self.version) != self.version:
             raise OSError("the file has changed on the server meanwhile")
         return reply
 
@@ -280,7 +281,8 @@ def check_once(path: Path, sha256: str | None) -> None:
     if not found.startswith(sha256):
         raise ValueError(f"{path} is not the public file (sha256 {found[:len(sha256)]}, not"
                          f" {sha256}): delete it, and it is fetched again")
-    note.write_text(f"{found}  {path.name}\n")
+    with contextlib.suppress(OSError):     # a shared folder that we may only read
+        note.write_text(f"{found}  {path.name}\n")
 
 
 def partial_file(remote: RemoteFile, path: Path) -> Path:

@@ -15,6 +15,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -22,10 +23,16 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from encoders import BERT, BUILD, AudioViT, DeBERTa, ViT, build
+from baselines import mmbt, parts
+from encoders import BERT, BUILD, AudioViT, DeBERTa, ViT, build, quick_gelu
+from harness.models import load_run, new_model
+from lora import merge_lora
+from paper import settings
 from pretrained import checkpoints, configs, remote
 from pretrained.checkpoints import (PUBLIC, Public, download, export_public, load_folder, load_public, place,
                                     public_names, public_state)
+from pretrained.tokenizer import load_tokenizer
+from running import call, error
 
 FIXTURES = Path(__file__).parent / "fixtures" / "encoders"
 TEXT = dict(width=32, depth=3, heads=4, mlp_width=128, max_length=24)
@@ -562,3 +569,131 @@ def test_a_file_that_somebody_has_put_there_is_checked_once(whole, server, tmp_p
     assert (tmp_path / "resnet18/weights.pth.sha256").read_text() == f"{server.hash}  weights.pth\n"
     monkeypatch.setattr(hashlib, "file_digest", None)     # a second look would fail
     assert whole(server.hash[:8]) == path
+
+
+# ---- From the command line to a finished run ----
+
+VOCABULARY = FIXTURES / "tokenizer_wordpiece" / "vocab.txt"
+START = ["--dataset", "menu", "--epochs", 1, "--encoder", "visual=vit_mini"]
+
+
+def small_bert(folder, seed=0):
+    """A folder of the hub, of a size that no table knows."""
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=328, width=24, depth=2, heads=3, mlp_width=40, max_length=16)
+    export_public(BERT(**sizes), folder / "model.safetensors")
+    keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+            "max_position_embeddings")
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", **dict(zip(keys, sizes.values()))}))
+    shutil.copy(VOCABULARY, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def menu(tmp_path_factory):
+    """Pictures of 36 x 36 and short texts; the folder of a BERT; a run of MMLoRA from it."""
+    root = tmp_path_factory.mktemp("menu")
+    tokenizer = load_tokenizer(VOCABULARY)
+    counts = dict(train=8, val=4, test=4)
+    for split, n in counts.items():
+        where = root / "data" / "menu" / split
+        where.mkdir(parents=True)
+        np.save(where / "visual.npy", np.random.default_rng(n).integers(0, 255, (n, 1, 3, 36, 36), np.uint8))
+        texts = [tokenizer.encode(("cooked", "cream")[i % 2], 6) for i in range(n)]
+        np.save(where / "text.npy", np.array([ids + [0] * (6 - len(ids)) for ids in texts], np.int32))
+        np.save(where / "labels.npy", np.arange(n, dtype=np.int64) % 2)
+        (where / "ids.txt").write_text("".join(f"{split}{i}\n" for i in range(n)))
+    told = dict(kind="wordpiece", fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size)
+    info = dict(name="menu", classes=["cooked", "cream"], multilabel=False, counts=counts, tokenizer=told,
+                modalities={"visual": "image", "text": "text"}, shapes={"visual": [1, 3, 36, 36], "text": [6]})
+    (root / "data/menu/dataset.json").write_text(json.dumps(info))
+    small_bert(root / "small")
+    (root / "openai").mkdir()
+    torch.manual_seed(1)
+    export_public(build("vit_mini"), root / "openai" / "vit.bin")
+    start = ["--pretrained", f"text={root / 'small'}", f"visual={root / 'openai' / 'vit.bin'}"]
+    call("train_joint.py", *START, *start, "--umft-epochs", 1, out=root / "runs", root=root / "data")
+    return root
+
+
+RUN = "menu/mmlora-all-r1-visual-vit_mini-text-bert-small-s0"
+
+
+def test_a_folder_from_the_command_line_to_a_finished_run(menu, tmp_path):
+    sizes = dict(vocab_size=328, width=24, depth=2, heads=3, mlp_width=40, max_length=16, dropout=0.1)
+    step_1 = json.loads((menu / "runs/menu/unimodal-text-bert-small-s0/config.json").read_text())["settings"]
+    assert step_1["encoder"] == "bert-small" and step_1["pretrained"] == str(menu / "small")
+    assert step_1["sizes"] == sizes and re.fullmatch("[0-9a-f]{12}", step_1["pretrained_sha256"])
+    assert step_1["lr"] == 5e-5     # that of BERT
+    joint = json.loads((menu / "runs" / RUN / "config.json").read_text())
+    assert joint["settings"]["sizes"] == {"text": sizes, "visual": {"quick_gelu": True}}
+    # It is read again, also where the folder is gone.
+    (menu / "small").rename(menu / "away")
+    try:
+        settings, models = load_run(menu / "runs" / RUN, joint["data"])
+    finally:
+        (menu / "away").rename(menu / "small")
+    assert models["text"].encoder.words.weight.shape == (328, 24)
+    assert all(block.activation is quick_gelu for block in models["visual"].encoder.blocks)
+    said = call("evaluate.py", "--run", menu / "runs" / RUN, "--export", tmp_path / "out", root=menu / "data")
+    assert f"all else as in {menu / 'small' / 'model.safetensors'}" in said and "force_quick_gelu=True" in said
+    shutil.copy(menu / "small" / "config.json", tmp_path / "out" / "text")
+    exported = load_folder(tmp_path / "out" / "text")
+    assert same(exported, merge_lora(models["text"]).encoder)
+
+
+def test_another_file_under_the_same_path_is_noticed(menu):
+    words = ["train_unimodal.py", "--modality", "text", *START, "--pretrained", menu / "small"]
+    where = dict(out=menu / "runs", root=menu / "data")
+    assert "nothing to do" in call(*words, **where)
+    try:
+        small_bert(menu / "small", seed=5)
+        assert re.search(r"is a run with pretrained_sha256 \w{12} \(now \w{12}\); use another", error(*words, **where))
+        joint = ["train_joint.py", *START, "--umft-epochs", 1, "--pretrained"]
+        visual = f"visual={menu / 'openai' / 'vit.bin'}"
+        assert "pretrained_sha256" in error(*joint, f"text={menu / 'small'}", visual, **where)
+        shutil.copy(menu / "small/model.safetensors", menu / "openai/copy.safetensors")
+    finally:
+        small_bert(menu / "small")
+    assert "nothing to do" in call(*words, **where)
+
+
+@pytest.mark.parametrize("what, words, message", [
+    ("vocabulary", [], "has a vocabulary of its own, but menu was prepared with another one, of 325 tokens"),
+    ("no vocabulary", [], "knows 328 tokens, but menu was prepared with another one, of 325 tokens"),
+    ("cased", [], "has a vocabulary with capital letters"),
+    ("encoder", ["--encoder", "text=bert_base"], "is a folder and says its own encoder: leave --encoder text=... out"),
+    ("no config", [], "no config.json or open_clip_config.json in"),
+    ("no such file", ["--pretrained", "text=nowhere.bin"], "no checkpoint at nowhere.bin")])
+def test_folders_that_do_not_fit_are_refused(what, words, message, menu, tmp_path):
+    folder = shutil.copytree(menu / "small", tmp_path / "small")
+    if what == "vocabulary":
+        lines = VOCABULARY.read_text().splitlines()
+        (folder / "vocab.txt").write_text("\n".join([*lines[:-2], lines[-1], lines[-2]]))     # the same words
+    if what == "no vocabulary":
+        (folder / "vocab.txt").unlink()
+    if what == "cased":
+        (folder / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    if what == "no config":
+        (folder / "config.json").unlink()
+    start = ["--dataset", "menu", "--epochs", 1, "--pretrained", f"text={folder}"]
+    assert message in error("train_unimodal.py", "--modality", "text", *start, *words, out=tmp_path / "runs", root=menu / "data")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_baselines_know_the_family_of_a_folder():
+    parts.only_transformers({"text": "bert-small", "visual": "vit-small"})
+    mmbt.check({"text": "bert-small", "visual": "vit-small"})
+    for name in ("deberta-small", "bart-small"):
+        with pytest.raises(ValueError, match=f"text={name}"):
+            parts.only_transformers({"text": name})
+    info = dict(name="menu", modalities={"visual": "image"}, shapes={"visual": [1]}, classes=["a"])
+    with pytest.raises(ValueError, match="encoder bert-small reads text, but visual of menu is image"):
+        new_model("bert-small", info, "visual", {})
+
+
+def test_learning_rates_of_folders_are_those_of_their_family():
+    for name, known in [("bert-all-MiniLM-L6-v2", "bert_base"), ("deberta-base", "deberta_base"),
+                        ("vit-ViT-S-32", "vit_b16"), ("bert-my_small", "bert_base"), ("bert_minilm", "bert_base")]:
+        assert settings.encoder_kind(name) == settings.encoder_kind(known)
