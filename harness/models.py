@@ -1,18 +1,15 @@
 """Models of runs: new ones for prepared data, and those of finished runs."""
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from encoders import BERT, BUILD, AudioViT, DeBERTa, ResNet, UnimodalModel, ViT, build
-from harness import fingerprint, runs
+from harness import files, fingerprint, runs, stored
 from lora import add_lora
 from pretrained import checkpoints
 
 READS = {ViT: ("frames", "image"), AudioViT: ("audio",), BERT: ("text",), DeBERTa: ("text",),
          ResNet: ("frames", "image", "flow", "audio")}
-ADAPTED = ("mmlora", "separate", "logits")            # such a run stores A and B alone
 
 
 def new_model(name: str, info: dict, modality: str) -> UnimodalModel:
@@ -20,6 +17,9 @@ def new_model(name: str, info: dict, modality: str) -> UnimodalModel:
 
     Raises ValueError when the encoder cannot read what was prepared.
     """
+    if modality not in info["modalities"]:
+        raise ValueError(f"{info['name']} has no modality {modality}, but"
+                         f" {', '.join(info['modalities'])}")
     kind, shape = info["modalities"][modality], info["shapes"][modality]
     family = BUILD[name][0] if name in BUILD else None
     if family and kind not in READS[family]:
@@ -67,7 +67,12 @@ def pretrained_model(settings: dict, modality: str, info: dict) -> UnimodalModel
     model = new_model(encoder, info, modality)
     set_drop_path(model, settings)
     if start == encoder:
-        checkpoints.load_public(model.encoder, checkpoints.download(encoder))
+        try:
+            file = checkpoints.download(encoder)
+        except ConnectionError as error:
+            raise ConnectionError(f"{error}. Without a network: --pretrained none (random weights)"
+                                  " with a small encoder (--help), or --dataset toy") from None
+        checkpoints.load_public(model.encoder, file)
     elif start != "none":
         checkpoints.load_public(model.encoder, Path(start))
     return model
@@ -87,10 +92,30 @@ def set_drop_path(model: nn.Module, settings: dict) -> None:
 def load_unimodal(run: runs.Run, info: dict) -> UnimodalModel:
     """The fine-tuned model of a finished run of step 1."""
     modality = run.settings["modality"]
-    model = new_model(run.settings["encoder"], info, modality)
-    tensors = run.tensors("model.safetensors")
-    model.load_state_dict({k.removeprefix(f"{modality}."): v for k, v in tensors.items()})
-    return model
+    models = nn.ModuleDict({modality: new_model(run.settings["encoder"], info, modality)})
+    check_names(run.folder / "model.safetensors", *fill(models, run.folder))
+    return models[modality]
+
+
+def fill(models: nn.ModuleDict, folder: Path) -> tuple[list, list]:
+    """Put a run's stored weights into its models. -> names that the file lacks; that it has too many.
+
+    Raises ValueError where the file is damaged or holds other shapes.
+    """
+    file = folder / "model.safetensors"
+    tensors, _ = files.read_tensors(file)
+    try:
+        return models.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{file} cannot be read into the model of its config.json:"
+                         f" {str(error).splitlines()[-1].strip()}") from None
+
+
+def check_names(file: Path, missing: list, unexpected: list) -> None:
+    wrong = [*missing, *unexpected]
+    if wrong:
+        raise ValueError(f"{file} does not fit its config.json: {wrong[0]}"
+                         f" and {len(wrong) - 1} more")
 
 
 def load_run(folder: Path, info: dict, encoders_only=False) -> tuple[dict, nn.ModuleDict]:
@@ -100,30 +125,23 @@ def load_run(folder: Path, info: dict, encoders_only=False) -> tuple[dict, nn.Mo
     its own. Raises ValueError when the run's uni-modal models have changed since, or a file does
     not fit.
     """
-    runs.check_finished(folder)
-    settings = runs.read_json(folder / "config.json")["settings"]
-    encoders = settings.get("encoders") or {settings["modality"]: settings["encoder"]}
+    stored.check_finished(folder)
+    settings = stored.read_config(folder)["settings"]
+    encoders = stored.encoders_of(settings)
     models = nn.ModuleDict({m: new_model(name, info, m) for m, name in encoders.items()})
-    adapted = settings["method"] in ADAPTED
+    adapted = settings["method"] in stored.ADAPTED
     if adapted:
         for base in settings["unimodal"].values():
             file = folder.parent / base["run"] / "model.safetensors"
-            if not file.exists() or fingerprint.sha256(file) != base["sha256"]:
+            if not file.exists() or fingerprint.sha256(file) != base.get("sha256"):
                 raise ValueError(f"{file} is not the model that {folder} was trained on; run the"
                                  " command that made it again")
-            models.load_state_dict(load_file(file), strict=False)
+            fill(models, file.parent)
     for m in settings.get("lora") or ():
         add_lora(models[m], settings["rank"])
-    file = folder / "model.safetensors"
-    try:
-        missing, unexpected = models.load_state_dict(load_file(file), strict=False)
-    except (SafetensorError, RuntimeError) as error:      # cut short; or tensors of other shapes
-        raise ValueError(f"{file} cannot be read into the model of its config.json:"
-                         f" {str(error).splitlines()[-1].strip()}") from None
+    missing, unexpected = fill(models, folder)
     if adapted:                                           # the rest came from the uni-modal runs
         missing = [name for name in missing if name.endswith(("lora_A", "lora_B"))]
     wrong = [n for n in missing + unexpected if ".encoder." in n or not encoders_only]
-    if wrong:
-        raise ValueError(f"{file} does not fit its config.json: {wrong[0]}"
-                         f" and {len(wrong) - 1} more")
+    check_names(folder / "model.safetensors", wrong, [])
     return settings, models.eval()
