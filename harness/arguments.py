@@ -149,7 +149,7 @@ def positive(kind):
         value = kind(text)
         if not 0 < value < math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not above zero")
-        if value >= 2 ** 31:                              # more than anything here can count to
+        if kind is int and value >= 2 ** 31:              # torch counts no further
             raise argparse.ArgumentTypeError(f"{text} is too large")
         return value
     number.__name__ = kind.__name__                       # argparse: "invalid int value"
@@ -275,6 +275,8 @@ def open_data(args, seed: int) -> tuple[Path, dict]:
     for value in [*args.encoder, *args.pretrained]:
         if "=" in value and value.split("=")[0] not in info["modalities"]:
             raise ValueError(f"{value}: {has(args.dataset, info, value.split('=')[0])}")
+    for value in args.encoder:                            # of all modalities, before any training
+        check_encoder(value.split("=")[-1])
     return folder, info
 
 
@@ -373,10 +375,14 @@ def encoder_of(args, modality: str) -> str:
     if not encoder:
         raise ValueError(f"no encoder is known for modality {modality} of {args.dataset}: name one,"
                          f" --encoder {modality}=NAME")
-    if encoder not in BUILD:
-        raise ValueError(f"no encoder is called {encoder}; there are"
-                         f" {', '.join(nearest_first(encoder, BUILD))}")
+    check_encoder(encoder)
     return encoder
+
+
+def check_encoder(name: str) -> None:
+    if name not in BUILD:
+        raise ValueError(f"no encoder is called {name}; there are"
+                         f" {', '.join(nearest_first(name, BUILD))}")
 
 
 def encoders_of(args, info: dict) -> dict[str, str]:
