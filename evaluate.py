@@ -21,17 +21,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 import data
 from encoders import BERT, BUILD, AudioViT, DeBERTa, ResNet, ViT, quick_gelu
-from harness import (arguments, calibration, compare, fingerprint, linear, metrics, report,
-                     runs)
-from harness.models import ADAPTED, load_run, pretrained_model
+from harness import (arguments, calibration, compare, files, fingerprint, linear, metrics, report,
+                     runs, stored)
+from harness.models import load_run, pretrained_model
 from lora import merge_lora
 from prepare import media, toy
-from pretrained import checkpoints, files
+from pretrained import checkpoints, formats
 
 
 def predict(models, split: data.Split, args, settings: dict) -> dict:
@@ -53,7 +52,8 @@ def score_rows(args, folder: Path, where: Path, info: dict, settings: dict, mode
     """
     unknown = set(args.drop) - set(models)
     if unknown:
-        raise ValueError(f"--drop {' '.join(unknown)}: {folder} has {', '.join(models)}")
+        there = arguments.nearest_first(min(unknown), models)
+        raise ValueError(f"--drop {' '.join(sorted(unknown))}: {folder} has {', '.join(there)}")
     kept = [m for m in models if m not in args.drop]
     if not kept:
         raise ValueError(f"--drop leaves no modality of {folder}")
@@ -62,10 +62,7 @@ def score_rows(args, folder: Path, where: Path, info: dict, settings: dict, mode
 
     logits = {}
     if "unimodal" in settings:                            # what the run started from
-        logits["UME"] = {}
-        for m, base in settings["unimodal"].items():
-            stored = load_file(folder.parent / base["run"] / "logits.safetensors")
-            logits["UME"][m] = stored[f"test.{m}"]
+        logits["UME"] = stored.logits_of_step_1(folder, settings, "test", len(test))
     logits["together"] = predict(models, test, args, settings)
 
     rows = []
@@ -119,11 +116,11 @@ def open_data_of(args, folder: Path) -> tuple:
 
     Raises ValueError for data with several labels a sample.
     """
-    runs.check_finished(folder)
+    stored.check_finished(folder)
     say_changes(folder)
-    settings = runs.read_json(folder / "config.json")["settings"]
+    settings = files.read_json(folder / "config.json")["settings"]
     where = arguments.find(args.data_root, settings["dataset"], settings["seed"])
-    info = runs.read_json(where / "dataset.json")
+    info = files.read_json(where / "dataset.json")
     calibration.only_one_label(info)
     return where, info, settings
 
@@ -134,8 +131,8 @@ def show_calibration(args) -> None:
     for folder in args.run:
         rows = calibration_rows(args, folder)
         print_calibration(str(folder), [rows])
-        settings = runs.read_json(folder / "config.json")["settings"]
-        same.setdefault(runs.but_seed(settings), []).append((folder.name, rows))
+        settings = files.read_json(folder / "config.json")["settings"]
+        same.setdefault(stored.but_seed(settings), []).append((folder.name, rows))
     for group in same.values():
         if len(group) > 1:
             names, tables = zip(*group)
@@ -204,7 +201,7 @@ def with_seed(folder: Path, seed: int | None) -> Path:
 
 def check_same_samples(a: Path, b: Path) -> None:
     """ValueError for runs on other data or, of a toy, of other seeds: no pairs of samples."""
-    first, second = (runs.read_json(folder / "config.json") for folder in (a, b))
+    first, second = (files.read_json(folder / "config.json") for folder in (a, b))
     if first["fingerprint"]["data"] != second["fingerprint"]["data"]:
         raise ValueError(f"{a} and {b} were made on different data: their samples are not pairs")
 
@@ -256,7 +253,8 @@ def print_gains(gains: list[dict]) -> None:
 def probe_rows(args, folder: Path, where: Path, info: dict, settings: dict, models) -> list:
     """Linear evaluation of the run's encoders -> probe.json in its folder, and rows to print."""
     if args.modality and args.modality not in models:
-        raise ValueError(f"--modality {args.modality}: {folder} has {', '.join(models)}")
+        there = arguments.nearest_first(args.modality, models)
+        raise ValueError(f"--modality {args.modality}: {folder} has {', '.join(there)}")
     found = {}
     for m in models:
         if args.modality in (None, m):
@@ -264,8 +262,8 @@ def probe_rows(args, folder: Path, where: Path, info: dict, settings: dict, mode
     file = folder / "probe.json"
     before = {}
     if file.exists() and not fingerprint.changed(folder):     # not beside probes of other code
-        before = runs.read_json(file)
-    runs.write_json(file, {**before, **found})
+        before = stored.read_probe(folder)
+    files.write_json(file, {**before, **found})
     print(f"\n{folder}: linear evaluation of the frozen encoders. Validation chose L2", end="")
     for m, result in found.items():
         print(f" {result['l2']:g} ({m}, {100 * result['val'][metrics.metric(info)]:.1f})", end="")
@@ -277,7 +275,7 @@ def open_pretrained(args, seed: int) -> tuple:
     where, info = arguments.open_data(args, seed)
     m = args.modality
     if m not in info["modalities"]:
-        raise ValueError(f"--modality {m}: {args.dataset} has {', '.join(info['modalities'])}")
+        raise ValueError(f"--modality {m}: {arguments.has(args.dataset, info, m)}")
     encoder = arguments.encoder_of(args, m)
     settings = dict(method="pretrained", modality=m, encoder=encoder,
                     **arguments.start_settings(args, m, encoder),
@@ -360,8 +358,8 @@ def show_clip(folder: Path, args) -> None:
 
     The run's config.json says how the data set was prepared; the data set need not be there.
     """
-    runs.check_finished(folder)
-    config = runs.read_json(folder / "config.json")
+    stored.check_finished(folder)
+    config = stored.read_config(folder)
     settings, info = config["settings"], config["data"]
     check_own_prediction(folder, settings)
     say_changes(folder)
@@ -427,7 +425,7 @@ def export_run(folder: Path, info: dict, settings: dict, models, target: Path) -
             (partial / m).mkdir(parents=True, exist_ok=True)
             checkpoints.export_public(encoder, partial / m / file, source)
             classes = {"classes": json.dumps(info["classes"])}
-            runs.write_tensors(partial / m / "head.safetensors", model.head.state_dict(), classes)
+            files.write_tensors(partial / m / "head.safetensors", model.head.state_dict(), classes)
             told.append(f"{target / m / file}: encoder {name}, {note};"
                         f" for {READERS[type(encoder)]}")
             if isinstance(encoder, ViT) and encoder.blocks[0].activation is quick_gelu:
@@ -442,7 +440,7 @@ def export_run(folder: Path, info: dict, settings: dict, models, target: Path) -
 
 def public_file(folder: Path, settings: dict, modality: str, name: str, encoder) -> tuple:
     """-> (name of the exported file, the public file that the rest comes from or None, a note)."""
-    start = runs.started_from(folder, settings, modality)
+    start = stored.started_from(folder, settings, modality)
     like = name                                           # from scratch: like one of its kind
     if name not in checkpoints.PUBLIC:
         kin = [n for n in checkpoints.PUBLIC if n in BUILD and BUILD[n][0] is type(encoder)]
@@ -452,7 +450,7 @@ def public_file(folder: Path, settings: dict, modality: str, name: str, encoder)
         return file, None, "no public file behind it"
     source = checkpoints.place(name) if start == name else Path(start)
     if source.is_dir():
-        source = files.weights_in(source)
+        source = formats.weights_in(source)
     file = source.name
     if source.suffix not in (".safetensors", ".bin", ".pth"):
         file = source.stem + ".pth"
@@ -469,7 +467,7 @@ def public_file(folder: Path, settings: dict, modality: str, name: str, encoder)
 # ---- Opening a run ----
 
 def check_own_prediction(folder: Path, settings: dict) -> None:
-    if settings["method"] not in ("unimodal", "no-umft", "full", "separate_full", *ADAPTED):
+    if settings["method"] not in ("unimodal", "no-umft", "full", "separate_full", *stored.ADAPTED):
         raise ValueError(f"{folder} is a run of baselines/{settings['method']}.py, which alone can"
                          " predict with it; --probe can test its encoders")
 
@@ -482,8 +480,8 @@ def say_changes(folder: Path) -> None:
 
 def open_run(args, folder: Path) -> tuple:
     """-> (the run's folder, that of the prepared data, its dataset.json, settings, models)."""
-    runs.check_finished(folder)
-    settings = runs.read_json(folder / "config.json")["settings"]
+    stored.check_finished(folder)
+    settings = stored.read_config(folder)["settings"]
     if not args.probe:
         check_own_prediction(folder, settings)
     say_changes(folder)
@@ -497,7 +495,7 @@ def open_run(args, folder: Path) -> tuple:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python evaluate.py", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+                                formatter_class=arguments.Help)
     p.add_argument("--run", nargs="+", type=Path, metavar="RUN",
                    help="finished runs; of those that differ in the seed alone also the mean")
     p.add_argument("--fusion", choices=(*metrics.FUSIONS, "weighted"),
@@ -511,8 +509,9 @@ def parser() -> argparse.ArgumentParser:
                         " started from; with --seeds for all of these seeds")
     p.add_argument("--plot", action="store_true",
                    help="draw each run's training curves (needs matplotlib)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--data-root", default="data", metavar="FOLDER", help="of prepared data sets")
+    arguments.add_device(p)
+    p.add_argument("--data-root", default="data", metavar="FOLDER",
+                   help="of prepared data sets; default: data")
     one = p.add_mutually_exclusive_group()
     one.add_argument("--drop", nargs="+", default=[], metavar="MODALITY",
                      help="leave these modalities out of the average")
@@ -529,14 +528,17 @@ def parser() -> argparse.ArgumentParser:
                      help="linear evaluation: of the encoders of --run, or of a pre-trained one")
     p.add_argument("--modality", help="for --probe; default: all that the run has")
     new = p.add_argument_group("--probe of a pre-trained encoder, without --run")
-    new.add_argument("--dataset", metavar="NAME")
+    new.add_argument("--dataset", metavar="NAME", help=arguments.DATASETS)
     new.add_argument("--encoder", nargs="+", default=[], metavar="NAME",
-                     help="another one than Table 2's")
+                     help=f"{', '.join(BUILD)}; default: that of Table 2")
     new.add_argument("--pretrained", nargs="+", default=[], metavar="PATH",
-                     help="a public checkpoint, or none for random weights")
-    new.add_argument("--seed", type=int, default=0)
-    new.add_argument("--seeds", type=int, nargs="+", metavar="SEED")
-    new.add_argument("--out", default="runs", metavar="FOLDER", help="folder of all runs")
+                     help="a public checkpoint, or none for random weights; default: the public"
+                          " one, downloaded on first use")
+    new.add_argument("--seed", type=arguments.seed_number, default=0, help="default: 0")
+    new.add_argument("--seeds", type=arguments.seed_number, nargs="+", metavar="SEED",
+                     help="a table for each of these; default: the one of --seed")
+    new.add_argument("--out", default="runs", metavar="FOLDER",
+                     help="folder of all runs; default: runs")
     # `common_settings` and `Run` ask for these, too.
     p.set_defaults(batch_size=None, micro_batch=None, drop_path=None, share=1.0, precision="fp32",
                    again=True)
@@ -548,6 +550,7 @@ def main() -> None:
     if args.plot:
         report.import_pyplot()
     arguments.check_device(args.device)
+    arguments.each_once("run", [folder.resolve() for folder in args.run or []])
     if args.run and (args.clip or args.text is not None):
         for folder in args.run:
             show_clip(folder, args)
@@ -577,7 +580,8 @@ def main() -> None:
         show_tables(args, (open_run(args, folder) for folder in args.run))
     else:
         arguments.prepare_torch(args.dataset)
-        show_tables(args, (open_pretrained(args, seed) for seed in args.seeds or [args.seed]))
+        seeds = arguments.each_once("seed", args.seeds or [args.seed])
+        show_tables(args, (open_pretrained(args, seed) for seed in seeds))
 
 
 def show_tables(args, opened) -> None:
@@ -587,7 +591,7 @@ def show_tables(args, opened) -> None:
     for folder, where, info, settings, models in opened:
         rows = rows_of(args, folder, where, info, settings, models)
         report.print_table(rows, where, info)
-        same.setdefault(runs.but_seed(settings), []).append((folder.name, rows, where, info))
+        same.setdefault(stored.but_seed(settings), []).append((folder.name, rows, where, info))
         if args.plot:
             report.plot(folder)
     for group in same.values():

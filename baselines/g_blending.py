@@ -191,7 +191,7 @@ def train(args, seed: int) -> runs.Run:
 def parser():
     p = arguments.parser(__doc__, __file__)
     own = p.add_argument_group("G-Blending")
-    own.add_argument("--super-epoch", type=int, default=10,
+    own.add_argument("--super-epoch", type=arguments.positive(int), default=10,
                      help="epochs between two estimates of the weights; default: 10")
     own.add_argument("--held-out", type=float, default=0.1,
                      help="share of train that only measures generalisation; default: 0.1")

@@ -187,7 +187,7 @@ def parser():
     own = p.add_argument_group("MLA")
     own.add_argument("--order", nargs="+", metavar="MODALITY",
                      help="whose turn is first; default: as in dataset.json")
-    own.add_argument("--alpha", type=float, default=0.1,
+    own.add_argument("--alpha", type=arguments.positive(float), default=0.1,
                      help="the larger, the less is projected away; default: 0.1")
     own.add_argument("--no-projection", action="store_true",
                      help="leave the head's gradient as it is")

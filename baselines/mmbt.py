@@ -192,9 +192,10 @@ def parser():
     own = p.add_argument_group("MMBT")
     own.add_argument("--image-tokens", type=int, default=3,
                      help="N, cells that the picture is pooled to; default: 3")
-    own.add_argument("--freeze-image", type=int, default=3, metavar="EPOCHS",
+    own.add_argument("--freeze-image", type=arguments.from_zero(int), default=3,
+                     metavar="EPOCHS",
                      help="train without the image encoder for so long; default: 3")
-    own.add_argument("--freeze-text", type=int, default=5, metavar="EPOCHS",
+    own.add_argument("--freeze-text", type=arguments.from_zero(int), default=5, metavar="EPOCHS",
                      help="train without BERT's blocks for so long; default: 5")
     return p
 

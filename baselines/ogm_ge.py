@@ -162,12 +162,12 @@ def train(args, seed: int) -> runs.Run:
 def parser():
     p = arguments.parser(__doc__, __file__)
     own = p.add_argument_group("OGM-GE")
-    own.add_argument("--alpha", type=float, default=0.3,
+    own.add_argument("--alpha", type=arguments.from_zero(float), default=0.3,
                      help="how strongly the leader is slowed down, tanh(alpha rho); default: 0.3")
     own.add_argument("--no-ge", action="store_true", help="OGM without the noise")
     own.add_argument("--conv-only", action="store_true",
                      help="modulate convolutions only, as the authors' code does")
-    own.add_argument("--modulated-epochs", type=int,
+    own.add_argument("--modulated-epochs", type=arguments.from_zero(int),
                      help="modulate in the first so many epochs; default: half of them")
     parts.add_optimizer(own)
     return p

@@ -229,17 +229,17 @@ def train(args, seed: int) -> runs.Run:
 def parser():
     p = arguments.parser(__doc__, __file__)
     own = p.add_argument_group("PMR")
-    own.add_argument("--alpha", type=float, default=1.0,
+    own.add_argument("--alpha", type=arguments.from_zero(float), default=1.0,
                      help="weight of the prototype losses; default: 1")
-    own.add_argument("--pce-epochs", type=int,
+    own.add_argument("--pce-epochs", type=arguments.from_zero(int),
                      help="they act in the first so many epochs; default: two thirds of them")
-    own.add_argument("--mu", type=float, default=0.01,
+    own.add_argument("--mu", type=arguments.from_zero(float), default=0.01,
                      help="weight of the entropy term PER, 0 turns it off; default: 0.01")
-    own.add_argument("--per-epochs", type=int,
+    own.add_argument("--per-epochs", type=arguments.from_zero(int),
                      help="PER acts in the first so many epochs; default: a tenth of them")
-    own.add_argument("--momentum", type=float, default=0.2,
+    own.add_argument("--momentum", type=arguments.rate, default=0.2,
                      help="share of the old prototype that is kept every epoch; default: 0.2")
-    own.add_argument("--prototype-share", type=float, default=0.1,
+    own.add_argument("--prototype-share", type=arguments.positive(float), default=0.1,
                      help="share of train that prototypes are means of; default: 0.1")
     parts.add_optimizer(own)
     return p

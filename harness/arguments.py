@@ -9,20 +9,23 @@ import difflib
 import importlib
 import math
 import os
+import re
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
 
 import data
 from encoders import BUILD
-from harness import fingerprint, report, runs
+from harness import files, fingerprint, report, runs, stored
 from paper import settings as paper
 from prepare import toy
 from pretrained import checkpoints, configs
 
 PREPARED = ("ave", "crema_d", "food101", "kinetics_sound", "mm_imdb", "ucf101")    # by prepare/
+DATASETS = f"{', '.join(toy.WORLDS)} (generated), {', '.join(PREPARED)}, or your own"
 RECIPE = ("schedule", "weight_decay", "crop", "flip", "frames", "audio_shift")     # of the paper
 
 
@@ -34,27 +37,27 @@ def parser(doc: str, script: str) -> argparse.ArgumentParser:
     command = f"python {path.name}"
     if path.parent != fingerprint.PROJECT:
         command = f"python -m {path.parent.name}.{path.stem}"
-    p = argparse.ArgumentParser(prog=command, description=doc,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(prog=command, description=doc, formatter_class=Help)
     data = p.add_argument_group("data")
     data.add_argument("--dataset", default="toy", metavar="NAME",
-                      help=f"{', '.join(toy.WORLDS)} (generated), {', '.join(PREPARED)}, or the"
-                           " name of your own prepared data; default: toy")
+                      help=f"{DATASETS}; default: toy")
     data.add_argument("--data-root", default="data", metavar="FOLDER",
                       help="folder of the prepared data sets; default: data")
-    data.add_argument("--seed", type=int, default=0,
+    data.add_argument("--seed", type=seed_number, default=0,
                       help="initial weights, order, augmentation; of a toy also the world;"
                            " default: 0")
-    data.add_argument("--seeds", type=int, nargs="+", metavar="SEED",
-                      help="train one run for each of these; the table shows mean and deviation")
+    data.add_argument("--seeds", type=seed_number, nargs="+", metavar="SEED",
+                      help="train one run for each of these; the table shows mean and deviation;"
+                           " default: the one of --seed")
     data.add_argument("--share", type=share, default=1.0,
                       help="train on this share of the training samples, drawn with the seed: 0.3 ="
                            " 30 %% of them; also in step 1; default: 1")
 
     model = p.add_argument_group("encoders")
-    model.add_argument("--encoder", nargs="+", default=[], metavar="[MODALITY=]NAME",
-                       help=f"{', '.join(BUILD)}; default: those of Table 2")
-    model.add_argument("--pretrained", nargs="+", default=[], metavar="[MODALITY=]PATH",
+    model.add_argument("--encoder", nargs="+", default=[], metavar="[M=]NAME",
+                       help=f"for all modalities, or for modality M: {', '.join(BUILD)}; default:"
+                            " those of Table 2")
+    model.add_argument("--pretrained", nargs="+", default=[], metavar="[M=]PATH",
                        help="a public checkpoint, or the folder of one, whose config.json says the"
                             " encoder; or none for random weights; default: the public one,"
                             " downloaded on first use")
@@ -63,17 +66,19 @@ def parser(doc: str, script: str) -> argparse.ArgumentParser:
                             " 0 turns it off; default: ImageBind's, 0.1 in audio_vit_b")
 
     how = p.add_argument_group("training")
-    how.add_argument("--epochs", type=positive(int), help="default: paper/settings.py")
+    how.add_argument("--epochs", type=positive(int),
+                     help="default: as paper/settings.py says for the data set")
     how.add_argument("--batch-size", type=positive(int),
                      help="default: 64, or 160 for image and text (Sec. 4.1.2)")
     how.add_argument("--micro-batch", type=positive(int),
                      help="forward and backward so many samples at a time, when the batch does not"
                           " fit into memory; the same gradients, except with BatchNorm (ResNets),"
-                          " which takes its statistics from what it sees at a time")
+                          " which takes its statistics from what it sees at a time; default: the"
+                          " whole batch")
     how.add_argument("--lr", type=positive(float), nargs="+",
                      help="learning rate; of several the best on validation is shown; default:"
                           " App. A")
-    how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(how)
     how.add_argument("--precision", choices=("fp32", "bf16"),
                      help="bf16 is autocast; default: bf16 on cuda, fp32 on the CPU")
 
@@ -88,11 +93,17 @@ def parser(doc: str, script: str) -> argparse.ArgumentParser:
     return p
 
 
+def add_device(p) -> None:
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="cpu, cuda, cuda:1, mps; default: cuda where there is one, else cpu")
+
+
 def add_step_1(p: argparse.ArgumentParser) -> None:
     """For scripts that start from uni-modal fine-tuning (UMFT) and train it where it is missing."""
     step_1 = p.add_argument_group("step 1, uni-modal fine-tuning (UMFT)")
-    step_1.add_argument("--umft-epochs", type=positive(int), help="default: paper/settings.py")
-    step_1.add_argument("--umft-lr", type=positive(float), help="default: App. A")
+    step_1.add_argument("--umft-epochs", type=positive(int),
+                        help="default: as paper/settings.py says for the data set")
+    step_1.add_argument("--umft-lr", type=positive(float), help="default: App. A of the paper")
 
 
 def add_lora_arguments(p: argparse.ArgumentParser) -> None:
@@ -103,14 +114,58 @@ def add_lora_arguments(p: argparse.ArgumentParser) -> None:
     lora.add_argument("--rank", type=positive(int), default=1, help="rank r of BA; default: 1")
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Docstrings are as wide as our code. --help fits them to the terminal.
+
+    Prose and lists are filled anew. Of a line that is indented, as a command or an equation, what
+    does not fit goes below.
+    """
+
+    def _fill_text(self, text, width, indent):
+        lines = []
+        for paragraph in text.strip().split("\n\n"):
+            if not paragraph.startswith("    "):
+                for item in re.split(r"\n(?= \d+\. )", paragraph):
+                    lines += fill(item, width, hang=4 if item.startswith(" ") else 0)
+            else:
+                for line in paragraph.splitlines():
+                    parts = [line]
+                    if len(line) > width:                 # "command     # comment"
+                        parts = re.split(r"(?<=\S) {3,}(?=\S)(?!.* {3})", line)
+                        parts[1:] = ["        " + part for part in parts[1:]]
+                    for part in parts:
+                        lines += fill(part, width, hang=8)
+            lines.append("")
+        return "\n".join(lines)
+
+
+def fill(text: str, width: int, hang: int) -> list[str]:
+    """Lines of at most `width` columns; from the second on they are indented by `hang`."""
+    if max(map(len, text.splitlines())) <= width:
+        return text.splitlines()
+    before = text[:len(text) - len(text.lstrip())]
+    return textwrap.wrap(" ".join(text.split()), width, initial_indent=before,
+                         subsequent_indent=" " * hang)
+
+
 def positive(kind):
     """An argparse type: a number above zero."""
     def number(text):
         value = kind(text)
         if not 0 < value < math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not above zero")
+        if kind is int and value >= 2 ** 31:              # torch counts no further
+            raise argparse.ArgumentTypeError(f"{text} is too large")
         return value
     number.__name__ = kind.__name__                       # argparse: "invalid int value"
+    return number
+
+
+def from_zero(kind):
+    """An argparse type: zero or a number above it."""
+    def number(text):
+        return kind(text) if float(text) == 0 else positive(kind)(text)
+    number.__name__ = kind.__name__
     return number
 
 
@@ -130,13 +185,34 @@ def share(text: str) -> float:
     return value
 
 
+def seed_number(text: str) -> int:
+    """An argparse type: what seeds a generator, also after `data.epoch_rng`."""
+    value = int(text)
+    if not 0 <= value < 2 ** 32:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to {2 ** 32 - 1}")
+    return value
+
+
+seed_number.__name__ = "seed"                             # argparse: "invalid seed value"
+
+
+def each_once(what: str, values: list) -> list:
+    """Raises ValueError for a value that is there twice: it would count as two."""
+    if len(set(values)) < len(values):
+        raise ValueError(f"{what} {' '.join(map(str, values))}: each {what} once")
+    return values
+
+
 def main(p: argparse.ArgumentParser, train) -> None:
     """Train one run a seed with `train(args, seed)`, then show the table of them all."""
-    guard(lambda: train_all(p, train))
+    guard(lambda: train_all(p, train), "try --micro-batch 16")
 
 
-def guard(work) -> None:
-    """work(), where wrong input, Ctrl-C and full memory end in one line."""
+def guard(work, hint: str = "try --device cpu") -> None:
+    """work(), where wrong input, Ctrl-C and full memory end in one line.
+
+    hint: what to do where the GPU's memory is full.
+    """
     try:
         work()
     except KeyboardInterrupt:
@@ -145,9 +221,17 @@ def guard(work) -> None:
     except BrokenPipeError:                               # ... | head: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except torch.OutOfMemoryError:
-        sys.exit("error: the batch does not fit into the GPU's memory; try --micro-batch 16")
+        sys.exit(f"error: it does not fit into the GPU's memory; {hint}")
+    except MemoryError:
+        sys.exit("error: it does not fit into memory")
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit("error: " + " ".join(str(error).split("\n")))
+    except RuntimeError as error:                         # that is how torch says it on a CPU
+        if not re.search("(out of|allocate|enough) memory|ALLOC_FAILED", str(error)):
+            raise
+        sys.exit("error: it does not fit into memory: " + str(error).splitlines()[0])
+    finally:
+        files.unlock()
 
 
 def how_far() -> str:
@@ -161,12 +245,10 @@ def train_all(p: argparse.ArgumentParser, train) -> None:
     args = p.parse_args()
     args.default_of = p.get_default                       # for the names of run folders
     prepare_torch(args.dataset)
-    seeds = args.seeds or [args.seed]
+    seeds = each_once("seed", args.seeds or [args.seed])
     if "modality" in args and len(args.lr or ()) > 1:
         raise ValueError("--lr: step 1 has one learning rate, since joint scripts look for one"
                          " uni-modal run a seed; try others with another --out")
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds {' '.join(map(str, seeds))}: each seed once")
     tried = {}
     for lr in args.lr or [None]:
         one = argparse.Namespace(**{**vars(args), "lr": lr})
@@ -203,8 +285,9 @@ def open_data(args, seed: int) -> tuple[Path, dict]:
     info = data.check(folder)
     for value in [*args.encoder, *args.pretrained]:
         if "=" in value and value.split("=")[0] not in info["modalities"]:
-            raise ValueError(f"{value}: {args.dataset} has no modality {value.split('=')[0]}, but"
-                             f" {', '.join(info['modalities'])}")
+            raise ValueError(f"{value}: {has(args.dataset, info, value.split('=')[0])}")
+    for value in args.encoder:                            # of all modalities, before any training
+        check_encoder(value.split("=")[-1])
     return folder, info
 
 
@@ -213,6 +296,7 @@ def find(root: str, name: str, seed: int = 0) -> Path:
 
     Raises FileNotFoundError whose one line says how to get the data.
     """
+    files.check_plain(name, "--dataset")
     if name in toy.WORLDS:
         return find_toy(Path(root) / f"{name}-s{seed}", name, seed)
     folder = Path(root) / name
@@ -225,30 +309,51 @@ def find(root: str, name: str, seed: int = 0) -> Path:
         names = nearest_first(name, {*toy.WORLDS, *PREPARED, *there})
         how = (f"There are {', '.join(names)}. Make your own with: python -m prepare.custom"
                f" INDEX.jsonl --name {name} --data-root {root}")
-    raise FileNotFoundError(f"no prepared data in {folder}. {how}")
+    raise FileNotFoundError(f"no prepared data in {folder}. {how}. Without any download:"
+                            " --dataset toy")
 
 
 def find_toy(folder: Path, name: str, seed: int) -> Path:
-    """The generated world; made anew where the code that makes it has changed."""
+    """The generated world; made anew where the code that makes it has changed.
+
+    Raises ValueError while another process makes it.
+    """
     made_by = {}
     for file in ("prepare/toy.py", "prepare/creatures.py", "data.py"):
         made_by[file] = fingerprint.hash_of_code(fingerprint.PROJECT / file)
-    if (folder / "dataset.json").exists():
-        before = runs.read_json(folder / "dataset.json").get("made_by") or {}
-        changed = [file for file in made_by if before.get(file) != made_by[file]]
-        if not changed:
-            return folder
-        why = fingerprint.sentence(changed) if before else "nobody wrote down which code made it"
-        print(f"{why}: making {folder} anew", flush=True)
-    else:
-        print(f"making {folder} (some seconds)", flush=True)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():                                   # toy.make never overwrites
-        os.replace(folder, old)
-    toy.make(folder, name, seed, made_by)
-    shutil.rmtree(old, ignore_errors=True)
+    if not why_anew(folder, made_by):
+        return folder
+    lock, old = folder.with_name(f".{folder.name}.lock"), folder.with_name(f".{folder.name}.0")
+    files.lock(lock, str(folder))
+    try:
+        why = why_anew(folder, made_by)                   # another process may just have made it
+        if why:
+            print(why, flush=True)
+            if folder.exists():                           # toy.make never overwrites
+                os.replace(folder, old)
+            toy.make(folder, name, seed, made_by)
+    finally:                                              # also what a killed process left behind
+        for half in folder.parent.glob(f".{folder.name}.[0-9]*"):
+            shutil.rmtree(half, ignore_errors=True)
+        files.unlock(lock)
     return folder
+
+
+def why_anew(folder: Path, made_by: dict) -> str:
+    """Why a world must be made, as it is told; "" where it is there and of the same code."""
+    if not (folder / "dataset.json").exists():
+        return f"making {folder} (some seconds)"
+    before = files.read_json(folder / "dataset.json").get("made_by") or {}
+    changed = [file for file in made_by if before.get(file) != made_by[file]]
+    if not changed:
+        return ""
+    why = fingerprint.sentence(changed) if before else "nobody wrote down which code made it"
+    return f"{why}: making {folder} anew"
+
+
+def has(dataset: str, info: dict, modality: str) -> str:
+    """What a data set has, for a modality that it has not."""
+    return f"{dataset} has {', '.join(nearest_first(modality, info['modalities']))}"
 
 
 def nearest_first(name: str, names) -> list[str]:
@@ -287,10 +392,14 @@ def encoder_of(args, modality: str) -> str:
     if not encoder:
         raise ValueError(f"no encoder is known for modality {modality} of {args.dataset}: name one,"
                          f" --encoder {modality}=NAME")
-    if encoder not in BUILD:
-        raise ValueError(f"no encoder is called {encoder}; there are"
-                         f" {', '.join(nearest_first(encoder, BUILD))}")
+    check_encoder(encoder)
     return encoder
+
+
+def check_encoder(name: str) -> None:
+    if name not in BUILD:
+        raise ValueError(f"no encoder is called {name}; there are"
+                         f" {', '.join(nearest_first(name, BUILD))}")
 
 
 def encoders_of(args, info: dict) -> dict[str, str]:
@@ -339,8 +448,7 @@ def unimodal_settings(args, modality: str, seed: int, info: dict) -> dict:
     """Of step 1. A joint script takes a finished run as it is (`of_step_1`), as far as its own
     command line does not ask for something else."""
     if modality not in info["modalities"]:
-        raise ValueError(f"--modality {modality}: {args.dataset} has"
-                         f" {', '.join(info['modalities'])}")
+        raise ValueError(f"--modality {modality}: {has(args.dataset, info, modality)}")
     setting, encoder = paper.settings_for(args.dataset), encoder_of(args, modality)
     settings = dict(method="unimodal", modality=modality, encoder=encoder,
                     **start_settings(args, modality, encoder),
@@ -348,8 +456,9 @@ def unimodal_settings(args, modality: str, seed: int, info: dict) -> dict:
                     optimizer=setting["optimizer"].get(modality, "adamw"),
                     **common_settings(args, seed, info, args.epochs or setting["umft_epochs"]))
     folder = Path(args.out) / args.dataset / run_name(args, settings)
-    if getattr(args, "as_step_1", False) and (folder / "result.json").exists():
-        before = runs.read_json(folder / "config.json")["settings"]
+    as_step_1 = getattr(args, "as_step_1", False) and (folder / "result.json").exists()
+    if as_step_1 and not stored.damage(folder):
+        before = stored.read_config(folder)["settings"]
         start = of_modality(args.pretrained, modality)
         asked = dict(epochs=args.epochs, lr=args.lr, pretrained=start, pretrained_sha256=start,
                      sizes=start)
@@ -416,8 +525,8 @@ def lora_modalities(args, info: dict) -> list[str]:
         asked = there
     unknown = sorted(set(asked) - set(there))
     if unknown:
-        raise ValueError(f"--lora {' '.join(unknown)}: {args.dataset} has {', '.join(there)},"
-                         " or all")
+        raise ValueError(f"--lora {' '.join(unknown)}: {has(args.dataset, info, unknown[0])}, or"
+                         " all")
     return [m for m in there if m in asked]
 
 

@@ -12,6 +12,8 @@ import json
 import platform
 from pathlib import Path
 
+from harness.files import read_json
+
 VERSION = 1                                           # of this file's way to compute fingerprints
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -24,8 +26,8 @@ ALWAYS = [PROJECT / "encoders.py"]
 # These do not change what a training run computes from its settings. The models of step 1 stand in
 # the settings of a joint run, by their hash.
 NOT_THE_METHOD = {"harness/arguments.py", "harness/runs.py", "harness/models.py",
-                  "harness/report.py", "harness/fingerprint.py", "harness/calibration.py",
-                  "harness/compare.py",
+                  "harness/report.py", "harness/fingerprint.py", "harness/files.py",
+                  "harness/stored.py", "harness/calibration.py", "harness/compare.py",
                   "train_unimodal.py", "train_joint.py", "evaluate.py"}
 NOT_THE_METHOD_FOLDERS = {"paper", "prepare", "pretrained"}
 
@@ -116,7 +118,7 @@ def of_data(folder: Path) -> str:
     For a large array it takes the hash that `prepare` wrote into dataset.json. Where nobody wrote
     one (arrays made by hand) it reads 64 blocks of 1 MiB, evenly spaced.
     """
-    info = json.loads((folder / "dataset.json").read_text())
+    info = read_json(folder / "dataset.json")
     keys = ("classes", "multilabel", "modalities", "groups", "sample_groups", "tokenizer",
             "other_tokenizers")
     told = {key: info.get(key) for key in keys}
@@ -191,14 +193,14 @@ def changed(folder: Path) -> list[str]:
 
     For programs that only show runs. The data are compared where they are still in their place.
     """
-    before = json.loads((folder / "config.json").read_text()).get("fingerprint")
+    before = read_json(folder / "config.json").get("fingerprint")
     if before is None:
         return differences(None, {})
     code = {name: hash_of_code(PROJECT / name) for name in before["code"]}
     where, data, generator = Path(before["data_folder"]), before["data"], {}
     if (where / "dataset.json").exists():
         data = of_data(where)
-        generator = json.loads((where / "dataset.json").read_text()).get("made_by", {})
+        generator = read_json(where / "dataset.json").get("made_by") or {}
     now = dict(version=VERSION, python=python_version(), code=code, data=data)
     changes = differences(before, now)
     for name, old in generator.items():                   # a toy that would be made anew

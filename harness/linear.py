@@ -58,7 +58,7 @@ def standardise(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def probe(model, modality: str, where: Path, info: dict, device: str, settings: dict) -> dict:
     """Linear evaluation of a frozen encoder. Validation chooses the L2 strength; test once."""
-    began = time.time()
+    began = time.perf_counter()
     models = nn.ModuleDict({modality: model}).to(device)
 
     def forward(x):
@@ -86,4 +86,4 @@ def probe(model, modality: str, where: Path, info: dict, device: str, settings: 
     l2, layer, val = max(tried, key=lambda t: (t[2][metrics.metric(info)], -t[2]["loss"]))
     trained = sum(p.numel() for p in layer.parameters())
     return dict(l2=l2, val=val, test=score(layer, "test"), trained_parameters=trained,
-                seconds=time.time() - began)
+                seconds=time.perf_counter() - began)

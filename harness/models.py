@@ -1,19 +1,15 @@
 """Models of runs: new ones for prepared data, and those of finished runs."""
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from encoders import BERT, BUILD, AudioViT, DeBERTa, ResNet, UnimodalModel, ViT, build
-from harness import fingerprint, runs
+from harness import files, fingerprint, runs, stored
 from lora import add_lora
 from pretrained import checkpoints, configs
 
 READS = {ViT: ("frames", "image"), AudioViT: ("audio",), BERT: ("text",), DeBERTa: ("text",),
          ResNet: ("frames", "image", "flow", "audio")}
-# Such a run stores only what it has trained: A and B, or as little.
-ADAPTED = ("mmlora", "separate", "logits", "drop_modality", "all_linear", "small")
 
 
 def family_of(name: str) -> type | None:
@@ -32,6 +28,9 @@ def new_model(name: str, info: dict, modality: str, sizes: dict | None = None) -
     sizes: of the encoder of a folder, all; of others what a file says beyond their name. Raises
     ValueError when the encoder cannot read what was prepared.
     """
+    if modality not in info["modalities"]:
+        raise ValueError(f"{info['name']} has no modality {modality}, but"
+                         f" {', '.join(info['modalities'])}")
     kind, shape = info["modalities"][modality], info["shapes"][modality]
     family, sizes = family_of(name), sizes or {}
     if family and kind not in READS[family]:
@@ -103,7 +102,12 @@ def pretrained_model(settings: dict, modality: str, info: dict) -> UnimodalModel
     if encoder not in BUILD and info["modalities"][modality] == "text":
         check_vocabulary(encoder, model.encoder, Path(start), info)
     if start == encoder:
-        checkpoints.load_public(model.encoder, checkpoints.download(encoder))
+        try:
+            file = checkpoints.download(encoder)
+        except ConnectionError as error:
+            raise ConnectionError(f"{error}. Without a network: --pretrained none (random weights)"
+                                  " with a small encoder (--help), or --dataset toy") from None
+        checkpoints.load_public(model.encoder, file)
     elif start != "none":
         checkpoints.load_public(model.encoder, Path(start))
     return model
@@ -146,9 +150,31 @@ def load_unimodal(run: runs.Run, info: dict) -> UnimodalModel:
     """The fine-tuned model of a finished run of step 1."""
     modality = run.settings["modality"]
     model = new_model(run.settings["encoder"], info, modality, sizes_of(run.settings, modality))
-    tensors = run.tensors("model.safetensors")
-    model.load_state_dict({k.removeprefix(f"{modality}."): v for k, v in tensors.items()})
+    models = nn.ModuleDict({modality: model})
+    check_names(run.folder / "model.safetensors", *fill(models, run.folder))
     return model
+
+
+def fill(models: nn.ModuleDict, folder: Path) -> tuple[list, list]:
+    """Put a run's stored weights into its models. -> names that the file lacks; that it has too many.
+
+    Raises ValueError where the file is damaged or holds other shapes.
+    """
+    file = folder / "model.safetensors"
+    tensors, _ = files.read_tensors(file)
+    fold_temperatures(tensors, models)
+    try:
+        return models.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{file} cannot be read into the model of its config.json:"
+                         f" {str(error).splitlines()[-1].strip()}") from None
+
+
+def check_names(file: Path, missing: list, unexpected: list) -> None:
+    wrong = [*missing, *unexpected]
+    if wrong:
+        raise ValueError(f"{file} does not fit its config.json: {wrong[0]}"
+                         f" and {len(wrong) - 1} more")
 
 
 def load_run(folder: Path, info: dict, encoders_only=False) -> tuple[dict, nn.ModuleDict]:
@@ -158,36 +184,26 @@ def load_run(folder: Path, info: dict, encoders_only=False) -> tuple[dict, nn.Mo
     its own. Raises ValueError when the run's uni-modal models have changed since, or a file does
     not fit.
     """
-    runs.check_finished(folder)
-    settings = runs.read_json(folder / "config.json")["settings"]
-    encoders = settings.get("encoders") or {settings["modality"]: settings["encoder"]}
+    stored.check_finished(folder)
+    settings = stored.read_config(folder)["settings"]
     models = nn.ModuleDict()
-    for m, name in encoders.items():
+    for m, name in stored.encoders_of(settings).items():
         models[m] = new_model(name, info, m, sizes_of(settings, m))
-    adapted = settings["method"] in ADAPTED
+    adapted = settings["method"] in stored.ADAPTED
     if adapted:
         for base in settings["unimodal"].values():
             file = folder.parent / base["run"] / "model.safetensors"
-            if not file.exists() or fingerprint.sha256(file) != base["sha256"]:
+            if not file.exists() or fingerprint.sha256(file) != base.get("sha256"):
                 raise ValueError(f"{file} is not the model that {folder} was trained on; run the"
                                  " command that made it again")
-            models.load_state_dict(load_file(file), strict=False)
+            fill(models, file.parent)
     for m in settings.get("lora") or ():
         if settings["method"] == "all_linear":
             target_all_linear(models[m].encoder)
         add_lora(models[m], settings["rank"])
-    file = folder / "model.safetensors"
-    try:
-        tensors = load_file(file)
-        fold_temperatures(tensors, models)
-        missing, unexpected = models.load_state_dict(tensors, strict=False)
-    except (SafetensorError, RuntimeError) as error:      # cut short; or tensors of other shapes
-        raise ValueError(f"{file} cannot be read into the model of its config.json:"
-                         f" {str(error).splitlines()[-1].strip()}") from None
+    missing, unexpected = fill(models, folder)
     if adapted:                                           # the rest came from the uni-modal runs
         missing = [name for name in missing if name.endswith(("lora_A", "lora_B"))]
     wrong = [n for n in missing + unexpected if ".encoder." in n or not encoders_only]
-    if wrong:
-        raise ValueError(f"{file} does not fit its config.json: {wrong[0]}"
-                         f" and {len(wrong) - 1} more")
+    check_names(folder / "model.safetensors", wrong, [])
     return settings, models.eval()

@@ -1,9 +1,8 @@
 """Tables and curves of finished runs."""
-import json
 import math
 from pathlib import Path
 
-from harness import calibration, fingerprint, metrics, runs
+from harness import calibration, files, fingerprint, metrics, runs, stored
 from paper.settings import SETTINGS
 
 NAMES = {"unimodal": "alone", "mmlora": "MMLoRA", "full": "Fully fine-tuned UME",
@@ -124,7 +123,7 @@ def mmlora_beside(group: list) -> list[list]:
         folders = [run.folder.with_name(f"{name}-s{run.settings['seed']}") for run in group]
         if not all((folder / "result.json").exists() for folder in folders):
             continue
-        if any(fingerprint.changed(folder) for folder in folders):
+        if any(stored.damage(folder) or fingerprint.changed(folder) for folder in folders):
             continue                                      # made by other code: not to be compared
         same = [runs.Run.open(folder) for folder in folders]
         if all(a.settings["unimodal"] == b.settings["unimodal"] for a, b in zip(same, group)):
@@ -222,7 +221,7 @@ def import_pyplot():
 def plot(folder: Path) -> None:
     """Training curves of a run -> curves.png in its folder: the loss; validation scores."""
     pyplot = import_pyplot()
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    log = stored.read_log(folder)
     trained = [line for line in log if line.get("loss") is not None]
     _, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
     left.plot([line["epoch"] for line in trained], [line["loss"] for line in trained])
@@ -236,6 +235,7 @@ def plot(folder: Path) -> None:
     right.legend(loc="best")
     pyplot.suptitle(folder.name)
     pyplot.tight_layout()
-    pyplot.savefig(folder / "curves.png", dpi=120)
+    with files.replacing(folder / "curves.png") as file:
+        pyplot.savefig(file, dpi=120, format="png")
     pyplot.close()
     print(f"wrote {folder / 'curves.png'}")

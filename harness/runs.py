@@ -9,7 +9,8 @@
     result.json          written last: a run that has it is finished
 
 Every file is written under another name first and then renamed. A run that is killed at any moment
-finds whole files when it is started again, and on a CPU ends in the same bits.
+finds whole files when it is started again, and on a CPU ends in the same bits. While it trains, a
+lock beside the folder keeps other processes out (`harness/files.py`).
 """
 import datetime
 import functools
@@ -24,13 +25,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
 import data
-from harness import fingerprint, metrics
+from harness import files, fingerprint, metrics, stored
+from harness.files import write_json, write_tensors, write_text
 
 current = None     # the run that is being trained: for the line that Ctrl-C ends with
 
@@ -48,7 +48,8 @@ class Run:
         run.finish(logits of val and test, models)
 
     Raises ValueError where the folder holds a run with other settings, of other code or on other
-    data; with --again that run is moved aside. Toys are trained anew without being asked.
+    data, or a damaged one; with --again that run is moved aside. Toys are trained anew without being
+    asked. Raises ValueError, too, while another process trains the run.
     """
 
     def __init__(self, args, name: str, settings: dict, data_folder: Path, info: dict, script: str):
@@ -58,9 +59,12 @@ class Run:
         self.fingerprint = fingerprint.of_run(script, data_folder)
         self.history, self.scores, self.bar = [], {}, None
         self.start_counting()
-        if (self.folder / "config.json").exists():
+        if not self.finished:
+            self.lock()
+        if self.finished or (self.folder / "config.json").exists():
             self.compare_with_earlier(args.again)
         if self.finished:
+            (self.folder / "last.safetensors").unlink(missing_ok=True)     # killed just before that
             print(f"{self.folder}: trained on {self.date()}, nothing to do", flush=True)
 
     @classmethod
@@ -68,7 +72,7 @@ class Run:
         """A finished run, to be shown: `settings`, `result`, `tensors(name)`."""
         run = cls.__new__(cls)
         run.folder = folder
-        run.settings = read_json(folder / "config.json")["settings"]
+        run.settings = stored.read_config(folder)["settings"]
         return run
 
     # ---- Before training ----
@@ -79,15 +83,28 @@ class Run:
 
     @property
     def result(self) -> dict | None:
-        return read_json(self.folder / "result.json") if self.finished else None
+        return stored.read_result(self.folder, self.settings) if self.finished else None
 
     def date(self) -> str:
         seconds = (self.folder / "result.json").stat().st_mtime
         return datetime.datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
 
+    def lock(self) -> None:
+        files.lock(self.lock_file, str(self.folder))
+
+    @property
+    def lock_file(self) -> Path:
+        return self.folder.with_name(f".{self.folder.name}.lock")
+
     def compare_with_earlier(self, again: bool) -> None:
         """What to do with the run that is in the folder already."""
-        config = read_json(self.folder / "config.json")
+        damaged = stored.damage(self.folder)
+        if damaged and not again:
+            raise ValueError(f"{damaged}; --again moves the run aside and trains anew")
+        if damaged:
+            print(f"{damaged}: training anew (the old run is now {self.move_aside()})", flush=True)
+            return
+        config = stored.read_config(self.folder)
         before, now = dict(config["settings"]), dict(self.settings)
         changes = fingerprint.differences(config.get("fingerprint"), self.fingerprint)
         if before.pop("unimodal", None) != now.pop("unimodal", None):
@@ -113,6 +130,7 @@ class Run:
 
     def move_aside(self) -> Path:
         """Into runs/<dataset>/old/, where tables do not look."""
+        self.lock()
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         aside, n = self.folder.parent / "old" / f"{self.folder.name}-{stamp}", 1
         while aside.exists():
@@ -123,10 +141,12 @@ class Run:
         return aside
 
     def begin(self) -> None:
-        """Make the folder, with config.json in it.
+        """Make the folder, with config.json in it; remove what a killed process was writing.
 
         Not earlier: a mistake that shows before training leaves nothing behind.
         """
+        for half in self.folder.glob(".*.[0-9]*"):
+            half.unlink()
         if (self.folder / "config.json").exists():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -147,22 +167,19 @@ class Run:
         self.optimizer = optimizer
         self.begin()
         reset_peak_memory(self.device)
-        file, log = self.folder / "last.safetensors", self.folder / "log.jsonl"
         self.best, self.best_epoch, self.seconds, self.saved = None, 0, 0.0, 0
         self.start_counting()
-        if not file.exists():
+        last, log = self.folder / "last.safetensors", self.folder / "log.jsonl"
+        if last.exists():
+            try:
+                state, tensors, moments = self.read_last(models, optimizer)
+            except (ValueError, FileNotFoundError) as error:
+                print(f"{error}: {self.folder} begins again", flush=True)
+                last.unlink()
+        if not last.exists():
             log.unlink(missing_ok=True)
             return 0
-        with safe_open(file, "pt") as f:
-            state = json.loads(f.metadata()["state"])
-            tensors = {key: f.get_tensor(key) for key in f.keys()}
-        lines = log.read_text().splitlines(True)
-        write_text(log, "".join(lines[:state["lines"]]))
-        moments = {}
-        for key in list(tensors):
-            if key.startswith("optimizer/"):
-                _, parameter, name = key.split("/")
-                moments.setdefault(int(parameter), {})[name] = tensors.pop(key)
+        write_text(log, self.cut_log(state["lines"]))
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         models.load_state_dict(tensors, strict=False)
         self.best, self.best_epoch = state["best"], state["best_epoch"]
@@ -171,15 +188,60 @@ class Run:
         print(f"{self.folder}: going on from epoch {state['lines']}", flush=True)
         return state["lines"]
 
+    def read_last(self, models: nn.ModuleDict, optimizer) -> tuple[dict, dict, dict]:
+        """-> state, tensors, and moments of the optimiser, of the last whole epoch.
+
+        Raises ValueError where last.safetensors is damaged or of another run, and where
+        model.safetensors, the best epoch so far, does not go with it.
+        """
+        file = self.folder / "last.safetensors"
+        best, _ = files.read_tensors(self.folder / "model.safetensors")
+        tensors, metadata = files.read_tensors(file)
+        moments = {}
+        try:
+            for key in list(tensors):
+                if key.startswith("optimizer/"):
+                    _, parameter, name = key.split("/")
+                    moments.setdefault(int(parameter), {})[name] = tensors.pop(key)
+            state = json.loads(metadata["state"])
+            same = state["settings"] == self.settings and len(state["history"]) == state["lines"] - 1
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is damaged: {error!r}") from None
+        ours = {name: tensor.shape for name, tensor in models.state_dict().items()}
+        saved = {name: tensor.shape for name, tensor in tensors.items()}
+        steps = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        trained = {name for name, p in models.named_parameters() if id(p) in steps}
+        fits = all(ours.get(name, shape) == shape for name, shape in saved.items())
+        if not (same and fits and trained <= saved.keys()):
+            raise ValueError(f"{file} is of another run")
+        if saved != {name: tensor.shape for name, tensor in best.items()}:
+            raise ValueError(f"{self.folder / 'model.safetensors'} is of another run")
+        return state, tensors, moments
+
+    def cut_log(self, lines: int) -> str:
+        """The first `lines` lines of log.jsonl. Raises ValueError where they are not there."""
+        log = self.folder / "log.jsonl"
+        kept = log.read_bytes().splitlines(True)[:lines] if log.exists() else []
+        try:
+            epochs = [json.loads(line)["epoch"] for line in kept]
+        except (ValueError, KeyError, TypeError):
+            epochs = []
+        if epochs != list(range(lines)):
+            raise ValueError(f"{log} is damaged: it lacks some of the epochs 0 to {lines - 1}; put it"
+                             f" back, or delete {self.folder} and train anew")
+        return b"".join(kept).decode()
+
     # ---- One epoch ----
 
     def start_counting(self) -> None:
-        self.began, self.training_seconds = time.time(), 0.0
+        # Not time.time(): somebody may set the clock.
+        self.began, self.training_seconds = time.perf_counter(), 0.0
         self.seen, self.total, self.notes = 0, torch.zeros(2, device=self.device), {}
+        self.step, self.losses = 0, []                        # losses: (step, loss), not yet looked at
 
     def progress(self, batches: list, epoch: int):
         """The batches of one epoch, with a line on the screen. `break` may leave the loop."""
-        began = time.time()
+        began = time.perf_counter()
         self.seen, self.total, self.notes = 0, torch.zeros(2, device=self.device), {}
         if self.bar is None:
             done = (epoch - 1) * len(batches)
@@ -189,15 +251,17 @@ class Run:
         self.show(epoch)
         try:
             for i, index in enumerate(batches):
+                self.step = i + 1
                 yield index
                 self.bar.update()
                 if i % 10 == 0:
+                    self.check_losses(epoch)
                     self.show(epoch)
         finally:
             self.bar.n = epoch * len(batches)                 # also after `break`
             # Reading a number off a GPU waits for it: what was queued belongs to training.
             self.total = self.total.cpu()
-            self.training_seconds = time.time() - began
+            self.training_seconds = time.perf_counter() - began
 
     def count(self, loss: torch.Tensor, logits: dict, y: torch.Tensor) -> None:
         """For the log: the loss and the logits, name -> (B, C), of one part of a batch."""
@@ -205,6 +269,7 @@ class Run:
             logits = {"joint": logits["joint"]}
         right = metrics.count_right({name: z.detach() for name, z in logits.items()}, y)
         self.seen += len(y)
+        self.losses.append((self.step, loss.detach()))
         self.total += torch.stack([loss.detach() * len(y), right])
 
     def note(self, **values) -> None:
@@ -215,14 +280,16 @@ class Run:
     def end_of_epoch(self, epoch: int, logits: dict, tensors: dict) -> None:
         """Score the validation logits, write the log, save `tensors` where the epoch is the best.
 
-        Epoch 0, before any step, is a candidate like the others. Raises ValueError when the
-        training loss is not finite.
+        Epoch 0, before any step, is a candidate like the others. Raises ValueError when the loss
+        is not finite, on train or on val.
         """
         counted = dict(loss=None)
         if epoch > 0:
             counted = self.counted(epoch)
         self.scores = self.score(logits, "val")
         chosen = self.scores[self.fusion(self.scores)]
+        if not math.isfinite(chosen["loss"]):
+            self.stop(f"the validation loss of epoch {epoch}", chosen["loss"], "val")
         # Of equal scores the lower loss.
         key = [chosen[metrics.metric(self.info)], -chosen["loss"]]
         improved = self.best is None or key > self.best
@@ -241,29 +308,45 @@ class Run:
     def counted(self, epoch: int) -> dict:
         """What was counted in this epoch, for the log. `seconds` include validation, the speed
         does not."""
-        seconds = time.time() - self.began
+        self.check_losses(epoch)
+        seconds = time.perf_counter() - self.began
         self.seconds += seconds
         if self.seen == 0:                                # `break` came before the first batch
             return dict(loss=None, seconds=seconds)
         loss, right = (self.total / self.seen).tolist()
-        if not math.isfinite(loss):
-            raise ValueError(f"{self.folder}: training diverged, the loss of epoch {epoch} is"
-                             f" {loss}; delete the folder and try a smaller --lr")
         notes = {name: sum(values) / len(values) for name, values in self.notes.items()}
         speed = self.seen / max(self.training_seconds, 1e-9)
         return dict(loss=loss, train=right, seconds=seconds, samples_per_second=speed, **notes)
+
+    def check_losses(self, epoch: int) -> None:
+        """Raises ValueError for the first step whose loss is not finite."""
+        if not self.losses:
+            return
+        steps, losses = zip(*self.losses)
+        self.losses = []
+        for step, loss in zip(steps, torch.stack(losses).tolist()):     # one wait for the GPU
+            if not math.isfinite(loss):
+                self.stop(f"the loss of epoch {epoch}, step {step},", loss, "train")
+
+    def stop(self, what: str, loss: float, split: str) -> None:
+        """Raises ValueError: a loss is not finite, and whose fault it is."""
+        bad = not_finite(data.Split(self.data_folder, split))
+        if bad:
+            raise ValueError(f"{self.folder}: {what} is {loss}, because the data are not finite:"
+                             f" {self.data_folder / split / bad}; prepare them again")
+        raise ValueError(f"{self.folder}: {what} is {loss}. The data are finite, so the weights are"
+                         " not: training diverged; try a smaller --lr, with --again")
 
     def fusion(self, scores: dict) -> str:
         """The name of the prediction that chooses the epoch."""
         return self.settings.get("fusion") or next(iter(scores))
 
     def log(self, line: dict) -> None:
-        with open(self.folder / "log.jsonl", "a") as f:
-            f.write(json.dumps(line) + "\n")
+        files.append_line(self.folder / "log.jsonl", line)
 
     def save_last(self, tensors: dict, epoch: int) -> None:
-        state = dict(lines=epoch + 1, best=self.best, best_epoch=self.best_epoch,
-                     history=self.history, seconds=self.seconds)
+        state = dict(settings=self.settings, lines=epoch + 1, best=self.best,
+                     best_epoch=self.best_epoch, history=self.history, seconds=self.seconds)
         moments = {}
         for i, values in self.optimizer.state_dict()["state"].items():
             for name, value in values.items():
@@ -311,7 +394,7 @@ class Run:
             if p.requires_grad:
                 trained += p.numel()
         result = {}
-        for key in ("method", "dataset", "seed", "modality", "encoder", "encoders", "fusion"):
+        for key in stored.NAMED_IN_RESULT:
             if key in settings:
                 result[key] = settings[key]
         tensors = {}
@@ -326,16 +409,16 @@ class Run:
         self.save_tensors("logits.safetensors", tensors)
         write_json(self.folder / "result.json", result)
         (self.folder / "last.safetensors").unlink(missing_ok=True)
+        files.unlock(self.lock_file)
         self.say_how_it_ended()
         return self
 
     def scores_of_ume(self, splits) -> dict:
         """The ensemble the run started from, out of the stored logits of its uni-modal runs."""
-        stored, out = {}, {}
-        for m, base in self.settings["unimodal"].items():
-            stored[m] = load_file(self.folder.parent / base["run"] / "logits.safetensors")
-        for split in splits:
-            logits = {m: stored[m][f"{split}.{m}"] for m in stored}
+        out = {}
+        for split, ours in splits.items():
+            n = len(next(iter(ours.values())))
+            logits = stored.logits_of_step_1(self.folder, self.settings, split, n)
             out[split] = self.score(logits, split)
         return out
 
@@ -354,33 +437,7 @@ class Run:
         write_tensors(self.folder / name, tensors)
 
     def tensors(self, name: str) -> dict:
-        return load_file(self.folder / name)
-
-
-def write_text(file: Path, text: str) -> None:
-    # Whoever opens `file` sees the old content or the new one, never a part.
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, file)
-
-
-def write_json(file: Path, value) -> None:
-    write_text(file, json.dumps(value, indent=1) + "\n")
-
-
-def write_tensors(file: Path, tensors: dict, metadata: dict | None = None) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, temporary, metadata)
-    os.replace(temporary, file)
-
-
-def read_json(file: Path):
-    """Raises ValueError with the file's name where it holds no JSON."""
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
+        return files.read_tensors(self.folder / name)[0]
 
 
 @functools.cache
@@ -394,37 +451,14 @@ def commit() -> str | None:
     return asked.stdout.strip() or None
 
 
-# ---- Finished runs ----
-
-def check_finished(folder: Path) -> None:
-    """Raises ValueError for a folder without a finished run; it names those there are."""
-    if (folder / "result.json").exists():
-        return
-    there = sorted(str(file.parent) for file in folder.parent.glob("*/result.json"))
-    if not there:
-        there = sorted(str(file.parent) for file in folder.parent.parent.glob("*/*/result.json"))
-    told = f"finished: {', '.join(there)}" if there else "nothing is finished there"
-    raise ValueError(f"{folder} holds no finished run (no result.json); {told}")
-
-
-def but_seed(settings: dict) -> str:
-    """What runs of one experiment share."""
-    kept = {k: v for k, v in settings.items() if k not in ("seed", "unimodal")}
-    return json.dumps(kept, sort_keys=True)
-
-
-def started_from(folder: Path, settings: dict, modality: str) -> str | None:
-    """What an encoder of a run was before any training of ours: a file, "none" (random weights), or
-    its own name, which stands for the public checkpoint. None: nobody wrote it down."""
-    if "unimodal" in settings:                            # a joint run leaves that to step 1
-        file = folder.parent / settings["unimodal"][modality]["run"] / "config.json"
-        if not file.exists():
-            return None
-        settings = read_json(file)["settings"]
-    start = settings.get("pretrained")
-    if isinstance(start, dict):
-        return start.get(modality)
-    return start
+def not_finite(split: data.Split) -> str:
+    """Where the arrays of a split hold NaN or infinity: "audio.npy, rows 0 to 255"; or ""."""
+    for name, array in split.arrays.items():
+        if array.dtype.kind == "f":
+            for row in range(0, len(array), 256):
+                if not np.isfinite(array[row:row + 256]).all():
+                    return f"{name}.npy, rows {row} to {min(row + 256, len(array)) - 1}"
+    return ""
 
 
 # ---- Memory ----

@@ -19,10 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from harness import compare, fingerprint, report
-from harness.arguments import guard
+from harness import compare, files, fingerprint, report, stored
+from harness.arguments import Help, each_once, guard, nearest_first, seed_number
 from harness.report import mean_std
-from harness.runs import but_seed, read_json, started_from
 from paper.results import RANDOM_WEIGHTS, TABLES, Cell, cells, command, trained_before
 from paper.settings import encoders_for
 from prepare.toy import WORLDS
@@ -73,13 +72,15 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path) -> Run:
-    settings = read_json(folder / "config.json")["settings"]
-    encoders = settings.get("encoders") or {settings["modality"]: settings["encoder"]}
-    starts = {m: started_from(folder, settings, m) for m in encoders}
-    found = []
-    for file in (folder / "result.json", folder / "probe.json"):
-        found.append(read_json(file) if file.exists() else {})
-    return Run(folder, settings, encoders, starts, *found, fingerprint.changed(folder))
+    settings = stored.read_config(folder)["settings"]
+    encoders = stored.encoders_of(settings)
+    starts = {m: stored.started_from(folder, settings, m) for m in encoders}
+    result, probe = {}, {}
+    if (folder / "result.json").exists():
+        result = stored.read_result(folder, settings)
+    if (folder / "probe.json").exists():
+        probe = stored.read_probe(folder)
+    return Run(folder, settings, encoders, starts, result, probe, fingerprint.changed(folder))
 
 
 def read_runs(args) -> tuple[list[Run], list[str]]:
@@ -97,9 +98,8 @@ def read_runs(args) -> tuple[list[Run], list[str]]:
             if run.result or run.probe:
                 runs.append(run)
         except (ValueError, OSError) as error:
-            unreadable.append(f"left out: {error}")
-        except (KeyError, TypeError, AttributeError) as error:
-            unreadable.append(f"left out: {file} is not the config.json of a run: {error!r}")
+            where = "" if str(file.parent) in str(error) else f"{file.parent}: "
+            unreadable.append(f"left out: {where}{error}")
     return runs, unreadable
 
 
@@ -127,7 +127,8 @@ def fits(cell: Cell, run: Run) -> bool:
         if run.starts[m] != wanted and not unknown:
             return False
     if cell.lora and asked != "ume":
-        return (set(run.settings["lora"]), run.settings["rank"]) == (set(cell.lora), cell.rank)
+        lora, rank = run.settings.get("lora", ()), run.settings.get("rank")
+        return (set(lora), rank) == (set(cell.lora), cell.rank)
     return True
 
 
@@ -148,7 +149,7 @@ def runs_for(cell: Cell, runs: list[Run]) -> list[Run]:
 
     experiments = {}                            # settings -> learning rate -> runs, one a seed
     for run in fitting:
-        rates = experiments.setdefault(but_seed({**run.settings, "lr": None}), {})
+        rates = experiments.setdefault(stored.but_seed({**run.settings, "lr": None}), {})
         rates.setdefault(run.settings.get("lr"), []).append(run)
     best = []
     for rates in experiments.values():
@@ -391,19 +392,35 @@ def draw(args) -> Path:
     name = f"table{args.number}-{args.dataset}.png" if args.dataset else f"table{args.number}.png"
     file = Path(args.out, name)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120, bbox_inches="tight")
+    with files.replacing(file) as temporary:
+        figure.savefig(temporary, dpi=120, bbox_inches="tight", format="png")
     pyplot.close(figure)
     return file
+
+
+def table_number(text: str) -> int:
+    if text not in map(str, TABLES):
+        there = ", ".join(map(str, TABLES))
+        raise argparse.ArgumentTypeError(f"there is no Table {text}, but {there}")
+    return int(text)
+
+
+def world(text: str) -> str:
+    if text not in WORLDS:
+        there = ", ".join(nearest_first(text, WORLDS))
+        raise argparse.ArgumentTypeError(f"no toy is called {text}; there are {there}")
+    return text
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m paper.tables", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        formatter_class=Help)
     a = parser.add_argument
-    a("number", type=int, choices=list(TABLES), metavar="N", help="Table 1, or 3 to 13")
-    a("--dataset", choices=list(WORLDS), help="ask the table's question of a toy")
-    a("--seeds", type=int, nargs="+", metavar="SEED", help="for the commands; default: 0")
+    a("number", type=table_number, metavar="N", help="Table 1, or 3 to 13")
+    a("--dataset", type=world, metavar="TOY",
+      help=f"ask the table's question of {', '.join(WORLDS)}; default: the paper's data sets")
+    a("--seeds", type=seed_number, nargs="+", metavar="SEED", help="for the commands; default: 0")
     a("--fill", action="store_true", help="run what is missing; further options go to training")
     a("--plot", action="store_true", help="draw the table, too (needs matplotlib)")
     a("--out", default="runs", metavar="FOLDER", help="folder of the runs; default: runs")
@@ -411,6 +428,7 @@ def parse() -> argparse.Namespace:
     a("--device", help="for the commands; default: cuda where there is one, else cpu")
     args, args.training = parser.parse_known_args()
     args.out = str(Path(args.out))      # without a slash at the end
+    each_once("seed", args.seeds or [])
     if args.training and not args.fill:
         parser.error(f"{' '.join(args.training)}: options of training need --fill")
     for word in args.training:

@@ -44,7 +44,7 @@ def read_list(path: Path, videos: Path, event_span: bool) -> list[Item]:
 def main(argv=None):
     p = options.parser(__doc__, "ave", frames=9)
     p.add_argument("--source", type=Path, default="downloads/AVE_Dataset",
-                   help="the folder that holds trainSet.txt")
+                   help="the folder that holds trainSet.txt; default: %(default)s")
     p.add_argument("--event-span", action="store_true",
                    help="sound and frames of the labelled seconds only")
     args = options.parse(p, argv)

@@ -33,7 +33,7 @@ TEST_NAMES = Path(__file__).parent / "splits/crema_d_test.txt"
 def main(argv=None):
     p = options.parser(__doc__, "crema_d", frames=9)
     p.add_argument("--source", type=Path, default="downloads/CREMA-D",
-                   help="the folder that holds AudioWAV")
+                   help="the folder that holds AudioWAV; default: %(default)s")
     args = options.parse(p, argv)
 
     audio = {f.stem: f for f in args.source.glob("AudioWAV/*.wav")}

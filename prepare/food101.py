@@ -55,7 +55,7 @@ def read_pages(source: Path, side: str) -> list[Item]:
 def main(argv=None):
     p = options.parser(__doc__, "food101", frames=1, text=True)
     p.add_argument("--source", type=Path, default="downloads/food101",
-                   help="the folder that holds images")
+                   help="the folder that holds images; default: %(default)s")
     p.add_argument("--text", choices=("titles", "pages"),
                    help="which texts; default: titles if they are there")
     args = options.parse(p, argv)

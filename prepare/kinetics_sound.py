@@ -72,9 +72,9 @@ def main(argv=None):
     names = textwrap.fill(", ".join(CLASSES), 78)
     p = options.parser(f"{__doc__}\nThe 32 classes:\n{names}", "kinetics_sound", frames=9)
     p.add_argument("--source", type=Path, default="downloads/k400",
-                   help="the folder somewhere below which the clips lie")
+                   help="the folder somewhere below which the clips lie; default: %(default)s")
     p.add_argument("--lists", type=Path, nargs=2, metavar=("TRAIN", "TEST"),
-                   help="list files, see above")
+                   help="list files, see above; default: those found in --source")
     args = options.parse(p, argv)
 
     # Where the clips are: name -> file or folder.

@@ -58,7 +58,7 @@ def read_film(folder: Path, film: str, dropped: Counter) -> Item:
 def main(argv=None):
     p = options.parser(__doc__, "mm_imdb", frames=1, text=True)
     p.add_argument("--source", type=Path, default="downloads/mmimdb",
-                   help="the folder that holds split.json")
+                   help="the folder that holds split.json; default: %(default)s")
     args = options.parse(p, argv)
 
     folder, split_file = args.source / "dataset", args.source / "split.json"

@@ -20,27 +20,35 @@ def parser(doc: str, script: str, frames: int = 3, text: bool = False, flow: boo
     p = argparse.ArgumentParser(prog=f"python -m prepare.{script}", description=doc,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     a = p.add_argument
-    a("--data-root", default="data", help="prepared data sets live here, one folder each")
+    a("--data-root", default="data", metavar="FOLDER",
+      help="prepared data sets live here, one folder each; default: data")
     a("--name", default=script if own_name else None, required=not own_name,
-      help="folder to make, and what --dataset then says")
+      help="folder to make, and what --dataset then says"
+           + ("; default: %(default)s" if own_name else ""))
     a("--size", type=int, default=256,
-      help="stored pictures are squares of this many pixels; training crops from them")
+      help="stored pictures are squares of this many pixels; training crops from them;"
+           " default: %(default)s")
     a("--frames", type=int, default=frames,
-      help="frames stored per video, evenly spaced; training draws some of them")
+      help="frames stored per video, evenly spaced; training draws some of them;"
+           " default: %(default)s")
     a("--clips", type=int, default=3,
-      help="2 s clips of sound, evenly placed; 1 is enough for recordings under 2 s")
+      help="2 s clips of sound, evenly placed; 1 is enough for recordings under 2 s;"
+           " default: %(default)s")
     if flow:
-        a("--stacks", type=int, default=3, help="flow stacks stored per video, evenly spaced")
+        a("--stacks", type=int, default=3,
+          help="flow stacks stored per video, evenly spaced; default: %(default)s")
         a("--flow-length", type=int, default=10,
-          help="consecutive flow frames in a stack, two channels each")
+          help="consecutive flow frames in a stack, two channels each; default: %(default)s")
     if text:
         a("--tokenizer", nargs="+", metavar="FILE",
           help="a vocabulary of your own: vocab.txt (BERT), vocab.json merges.txt, or "
                "bpe_encoder.bin (DeBERTa)")
-        a("--max-length", type=int, default=512, help="tokens; longer texts are cut")
-    a("--workers", type=int, default=os.cpu_count(), help="files decoded at the same time")
+        a("--max-length", type=int, default=512,
+          help="tokens; longer texts are cut; default: %(default)s")
+    a("--workers", type=int, default=os.cpu_count(),
+      help="files decoded at the same time; default: all cores, here %(default)s")
     a("--allow-missing", type=float, default=0.01, metavar="SHARE",
-      help="stop when more of a split than this is unreadable")
+      help="stop when more of a split than this is unreadable; default: %(default)s")
     a("--overwrite", action="store_true", help="make it again although it is already there")
     return p
 

@@ -63,9 +63,9 @@ def side_of(name: str, split: int) -> str:
 def main(argv=None):
     p = options.parser(__doc__, "ucf101", frames=9, flow=True)
     p.add_argument("--source", type=Path, default="downloads/ucf101",
-                   help="the folder that holds tvl1_flow")
+                   help="the folder that holds tvl1_flow; default: %(default)s")
     p.add_argument("--split", type=int, choices=(1, 2, 3), default=1,
-                   help="which of the three official splits")
+                   help="which of the three official splits; default: 1")
     args = options.parse(p, argv)
 
     jpegs, flow = args.source / "jpegs_256", args.source / "tvl1_flow"

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from encoders import BERT, AudioViT, DeBERTa, ResNet, ViT, build
-from pretrained import configs, files, remote
-from pretrained.files import read
+from pretrained import configs, formats, remote
+from pretrained.formats import read
 
 
 # ---- Where they are ----
@@ -212,7 +212,7 @@ COUNTER = "num_batches_tracked"     # of BatchNorm: inference never reads it, ol
 def public_names(encoder, in_file=None):
     """{public name: [names of ours that it holds]}.
 
-    `in_file`, the names in one file, decides where spellings differ between files.
+    `in_file`, the names in one file, decides where spellings differ between formats.
     """
     return spelling(encoder, in_file)[0]
 
@@ -278,12 +278,12 @@ def load_public(encoder, path):
     names, get = read(path)
     table, not_ours = spelling(encoder, names)
     complaint = f"{path} does not fit {type(encoder).__name__}: "
-    other = files.foreign(names)
+    other = formats.foreign(names)
     if isinstance(encoder, (BERT, DeBERTa)):     # RoBERTa's tensors have the names of BERT's
         other = other or configs.foreign_beside(path)
     if other:
         raise ValueError(complaint + f"it holds {other}")
-    needs, holds = LAYOUTS[type(encoder)].name, files.guess(names)
+    needs, holds = LAYOUTS[type(encoder)].name, formats.guess(names)
     if needs != holds and len(table.keys() & set(names)) < len(table) / 2:
         raise ValueError(complaint + f"that needs a checkpoint of {needs}, this one holds {holds}")
 
@@ -337,7 +337,7 @@ def to_channels(weight, channels):
 
 
 def public_state(encoder, reference=None):
-    """`load_public` backwards: the encoder's tensors, named and packed as in public files.
+    """`load_public` backwards: the encoder's tensors, named and packed as in public formats.
 
     `reference`, the public file that the encoder came from, decides what differs between files:
     gamma or weight, counters or none, data type. ValueError where a tensor no longer fits it.

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch.nn import functional as F
 
 from encoders import BERT, BUILD, DeBERTa, ViT
-from pretrained.files import FOREIGN, weights_in
+from pretrained.formats import FOREIGN, weights_in
 from pretrained.tokenizer import Tokenizer, load_tokenizer
 
 FAMILIES = {"bert": BERT, "deberta": DeBERTa, "vit": ViT}

@@ -27,7 +27,7 @@ import safetensors.torch
 import torch
 from tqdm import tqdm
 
-from pretrained.files import unwrap
+from pretrained.formats import unwrap
 
 BLOCK = 2**16        # bytes to fetch at least, while the index is read
 CHUNK = 2**18        # bytes to write at a time

@@ -16,7 +16,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from harness import compare, runs
+from harness import compare, files
 from harness.arguments import guard
 from harness.report import mean_std
 
@@ -45,7 +45,7 @@ PROBES = ("pretrained", "unimodal", "concat", "ogm_ge", "mmlora")
 def read(study: str, world: str) -> dict:
     """Row -> what the JSON file says of it. Raises ValueError where nothing is known."""
     file = HERE / f"{study}.json"
-    known = runs.read_json(file).get(world, {}) if file.exists() else {}
+    known = files.read_json(file).get(world, {}) if file.exists() else {}
     if not known:
         raise ValueError(f"{file} has nothing of {world}: python -m results.study --worlds {world}"
                          f" --studies {study}")
@@ -293,7 +293,7 @@ def fill() -> None:
             print(f"{name} stays as it is: {error}")
             continue
         if after != before:
-            runs.write_text(file, after)
+            files.write_text(file, after)
             print(f"{name}: tables made anew")
 
 

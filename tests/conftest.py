@@ -6,6 +6,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import json      # noqa: E402  all of these after the two lines above
 import shutil
+import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,20 @@ import pytest
 from harness import arguments
 from prepare import toy
 from running import MMLORA, SMALL, call, result
+
+
+@pytest.fixture(autouse=True)
+def no_traceback(monkeypatch):
+    """Whatever a test starts as a process of its own: its stderr is read here, too, and shows no traceback."""
+    communicate = subprocess.Popen.communicate
+
+    def read(self, *words, **options):
+        out, err = communicate(self, *words, **options)
+        told = err.decode(errors="replace") if isinstance(err, bytes) else err or ""
+        assert "Traceback" not in told, told
+        return out, err
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", read)
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,9 @@ class Project:
     def finish(self, pid: int, out, err) -> SimpleNamespace:
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         out.seek(0), err.seek(0)
-        return SimpleNamespace(code=code, out=out.read(), err=err.read())
+        done = SimpleNamespace(code=code, out=out.read(), err=err.read())
+        assert "Traceback" not in done.err, done.err
+        return done
 
     def run(self, *words) -> str:
         """-> what it printed; it must have gone well."""

@@ -11,7 +11,7 @@ from running import ROOT
 
 TOP = {"lora.py", "encoders.py", "data.py", "train_unimodal.py", "train_joint.py", "evaluate.py"}
 # What baselines share, and no script.
-SHARED = {"baselines/__init__.py", "baselines/parts.py"}
+SHARED = {"baselines/__init__.py", "baselines/__main__.py", "baselines/parts.py"}
 
 
 def python_files() -> list[Path]:

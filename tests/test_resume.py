@@ -8,7 +8,6 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import sys
 import time
@@ -21,7 +20,7 @@ from torch import nn
 
 import data
 from encoders import UnimodalModel, build
-from harness import optim, runs
+from harness import files, optim, runs
 from harness.optim import lr_factor, make_optimizer
 from paper import settings
 from pretrained.checkpoints import download, load_public
@@ -200,7 +199,7 @@ def test_files_are_replaced_whole_or_not_at_all(base, root, copied, monkeypatch)
     logits = {"audio": torch.randn(100, 8)}
     run.end_of_epoch(0, logits, models.state_dict())
     run.end_of_epoch(1, logits, models.state_dict())
-    runs.write_json(run.folder / "result.json", {"before": 1})
+    files.write_json(run.folder / "result.json", {"before": 1})
     before = everything(copied)
 
     def kill(*_):
@@ -212,8 +211,8 @@ def test_files_are_replaced_whole_or_not_at_all(base, root, copied, monkeypatch)
     for write in (lambda: run.save_tensors("model.safetensors", zeros),
                   lambda: run.save_last(zeros, 2),
                   lambda: run.finish(both, models),
-                  lambda: runs.write_json(run.folder / "result.json", {"never": "mind"}),
-                  lambda: runs.write_json(run.folder / "config.json", {"never": "mind"})):
+                  lambda: files.write_json(run.folder / "result.json", {"never": "mind"}),
+                  lambda: files.write_json(run.folder / "config.json", {"never": "mind"})):
         with pytest.raises(Killed):
             write()
         assert everything(copied) == before

@@ -34,14 +34,25 @@ def write(out, dataset, name, result=None, probe=None, code=None, **settings):
     folder.mkdir(parents=True)
     made = dict(version=fingerprint.VERSION, python=fingerprint.python_version(), code=code or {},
                 data="", data_folder=str(out / "no data"))
-    settings = dict(dataset=dataset, seed=int(name[-1])) | settings
+    settings = dict(dataset=dataset, seed=int(name[-1]), precision="fp32", frames=3,
+                    audio_shift=0) | settings
     (folder / "config.json").write_text(json.dumps(dict(settings=settings, fingerprint=made)))
     if result is not None:
-        (folder / "result.json").write_text(json.dumps(result))
+        (folder / "result.json").write_text(json.dumps(whole(result)))
     if probe is not None:
         scores = {m: dict(test=dict(accuracy=v)) for m, v in probe.items()}
         (folder / "probe.json").write_text(json.dumps(scores))
     return folder
+
+
+def whole(result):
+    """A result with all that a run writes."""
+    result = dict(best_epoch=1, trained_parameters=1, seconds=1.0) | result
+    for part in filter(None, (result, result.get("ume"))):
+        part.setdefault("val", part["test"])
+        for scores in [*part["val"].values(), *part["test"].values()]:
+            scores.setdefault("loss", 1.0)
+    return result
 
 
 def unimodal(out, dataset, modality, seed, accuracy, encoder, pretrained=None, tag="", **more):
@@ -176,7 +187,7 @@ def test_f1_pairs(tmp_path):
     folder = joint(tmp_path, "mm_imdb", "mmlora-all-r1-s0", 0, lora=["text", "visual"],
                    encoders={"visual": "vit_l14", "text": "deberta_large"})
     scores = dict(test={"prob": dict(f1_micro=0.7, f1_macro=0.6)})
-    (folder / "result.json").write_text(json.dumps(scores))
+    (folder / "result.json").write_text(json.dumps(whole(scores)))
     assert filled(6, tmp_path) == {("MMLoRA (ours), Table 2", "MM-IMDB"): {0: (70.0, 60.0)}}
 
 
@@ -381,9 +392,10 @@ def test_tables_asked_of_the_toy(number, columns, count):
 
 
 @pytest.mark.parametrize("words, told", [
-    ([2], "invalid choice"),
+    ([2], "there is no Table 2, but 1, 3, 4, "), (["five"], "there is no Table five, but 1, 3"),
     ([6, "--dataset", "toy"], "these it can: 1, 3, 4, 5, 8, 9, 10, 13"),
-    ([5, "--dataset", "ave"], "invalid choice"),
+    ([5, "--dataset", "ave"], "no toy is called ave; there are toy, "),
+    ([5, "--dataset", "toy_mimic"], "there are toy_mimics, "),
     ([10, "--epochs", 3], "--epochs 3: options of training need --fill"),
     ([10, "--fill", "--rank", 3], "--rank: the table sets it"),
     ([10, "--fill", "--encoder=vit_l14"], "--encoder=vit_l14: the table sets it"),

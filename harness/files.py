@@ -1,0 +1,187 @@
+"""Files and folders of runs: written whole or not at all, and checked when they are read.
+
+Whatever is wrong with a file ends in a ValueError or an OSError that names it.
+"""
+import contextlib
+import json
+import os
+import platform
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+try:
+    import fcntl
+except ImportError:                                   # Windows
+    fcntl = None
+    import msvcrt
+
+
+# ---- Writing ----
+
+@contextlib.contextmanager
+def replacing(file: Path):
+    """Yields another name. What is written under it becomes `file` at the end of the block.
+
+    Whoever opens `file` sees the old content or the new one, never a part.
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with naming(file):
+            yield temporary
+            to_disk(temporary)
+            os.replace(temporary, file)
+            to_disk(file.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(file: Path):
+    """A full disk says no file's name, and safetensors raises an error of its own."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot write {file}: {why}") from None
+
+
+def to_disk(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a folder. Else a power cut may keep the new
+    name and lose the content."""
+    if path.is_dir():
+        with contextlib.suppress(OSError):            # Windows and some file systems can't
+            folder = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    else:
+        with open(path, "rb+") as f:
+            os.fsync(f.fileno())
+
+
+def write_text(file: Path, text: str) -> None:
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(file: Path, value) -> None:
+    write_text(file, json.dumps(value, indent=1) + "\n")
+
+
+def write_tensors(file: Path, tensors: dict, metadata: dict | None = None) -> None:
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(file) as temporary:
+        save_file(whole, temporary, metadata)
+
+
+def append_line(file: Path, value) -> None:
+    """One more line of JSON."""
+    with naming(file):
+        with open(file, "a", encoding="utf-8") as f:
+            f.write(json.dumps(value) + "\n")
+        to_disk(file)
+
+
+# ---- Reading ----
+
+def read_json(file: Path) -> dict:
+    """Raises ValueError where the file holds no object of JSON."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} is damaged: it holds no object of JSON")
+    return value
+
+
+def read_lines(file: Path) -> list[dict]:
+    """One object of JSON a line. Raises ValueError for any other line."""
+    found = []
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+            found[-1].keys()
+        except (ValueError, RecursionError, AttributeError) as error:
+            raise ValueError(f"{file} is damaged in line {number}: {error}") from None
+    return found
+
+
+def read_tensors(file: Path) -> tuple[dict, dict]:
+    """-> name -> tensor, and the metadata. Raises ValueError for a file that is cut or foreign, and
+    for numbers that are not finite."""
+    try:
+        with safe_open(file, "pt") as f:
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
+            metadata = f.metadata() or {}
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{file} is damaged: {name} is not finite")
+    return tensors, metadata
+
+
+def check_plain(name, what: str) -> None:
+    """Raises ValueError where a name is a path, or nothing: it would lead out of its folder."""
+    if not isinstance(name, str) or not name or name.startswith(".") or set(name) & set("/\\:\0"):
+        raise ValueError(f"{what} {name!r} is no plain name")
+
+
+# ---- One process at a time ----
+
+HELD = {}                                             # the locks of this process: file -> descriptor
+
+
+def lock(file: Path, what: str) -> None:
+    """From here on no other process works on `what`. Raises ValueError, which names the one that
+    does.
+
+    The operating system holds the lock and ends it with the process, however that ends. So the lock
+    of a dead process is none, and its file means nothing.
+    """
+    if file in HELD:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        take(opened)
+    except (BlockingIOError, PermissionError):
+        owner = os.read(opened, 200).decode(errors="replace") or "another process"
+        os.close(opened)
+        raise ValueError(f"{what} is in use by {owner}: wait until it is done") from None
+    except OSError:                                   # a network drive without locks
+        print(f"{what}: this drive knows no locks; do not start the same command twice")
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(opened), file.stat()):
+            os.ftruncate(opened, 0)
+            os.write(opened, f"process {os.getpid()} on {platform.node()}".encode())
+            HELD[file] = opened
+            return
+    os.close(opened)                                  # its last owner was just removing the file
+    lock(file, what)
+
+
+def take(opened: int) -> None:
+    if fcntl:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    else:
+        os.lseek(opened, 2 ** 30, os.SEEK_SET)        # nobody can read what is locked: not the owner
+        try:
+            msvcrt.locking(opened, msvcrt.LK_NBLCK, 1)
+        finally:
+            os.lseek(opened, 0, os.SEEK_SET)
+
+
+def unlock(*locked: Path) -> None:
+    """Give these locks back, or all of this process."""
+    for file in locked or list(HELD):
+        opened = HELD.pop(file, None)
+        if opened is not None:
+            if fcntl:                                 # Windows removes no open file
+                file.unlink(missing_ok=True)
+                fcntl.flock(opened, fcntl.LOCK_UN)
+            os.close(opened)

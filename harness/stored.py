@@ -1,0 +1,191 @@
+"""Runs on the disk: their files are read and checked here, for whoever shows or uses them.
+
+Whatever is wrong with a file ends in a ValueError or an OSError that names it. No name in a run's
+files leads out of its folder.
+"""
+import json
+import math
+from pathlib import Path
+
+from harness import files
+from harness.files import read_json
+
+# Such a run stores only what it has trained: A and B, or as little.
+ADAPTED = ("mmlora", "separate", "logits", "drop_modality", "all_linear", "small")
+NAMED_IN_RESULT = ("method", "dataset", "seed", "modality", "encoder", "encoders", "fusion")
+# What a setting is, where it is there; without these nobody can use a run.
+KINDS = dict(method=str, dataset=str, seed=int, precision=str, frames=int, audio_shift=int,
+             modality=str, encoder=str, encoders=dict, fusion=str, lora=list, rank=int,
+             unimodal=dict, epochs=int, batch_size=int, lr=(float, int), drop_path=(float, int))
+NEEDED = ("method", "dataset", "seed", "precision", "frames", "audio_shift")
+
+
+def check_finished(folder: Path) -> None:
+    """Raises ValueError for a folder without a finished run; it names those there are."""
+    if (folder / "result.json").exists():
+        return
+    there = sorted(str(file.parent) for file in folder.parent.glob("*/result.json"))
+    if not there:
+        there = sorted(str(file.parent) for file in folder.parent.parent.glob("*/*/result.json"))
+    told = f"finished: {', '.join(there)}" if there else "nothing is finished there"
+    raise ValueError(f"{folder} holds no finished run (no result.json); {told}")
+
+
+# ---- config.json ----
+
+def read_config(folder: Path) -> dict:
+    """config.json of a run: "settings", "data", "fingerprint".
+
+    Raises ValueError or OSError where it is damaged or not one of ours.
+    """
+    file = folder / "config.json"
+    config = read_json(file)
+    try:
+        check_settings(config["settings"])
+        made, info = config.get("fingerprint"), config.get("data")
+        if made is not None:
+            for key in ("version", "python", "data"):
+                made[key]
+            dict(made["code"]), Path(made["data_folder"])
+        if info is not None:
+            info["name"], info["multilabel"], len(info["classes"])
+            for m in encoders_of(config["settings"]):
+                info["modalities"][m], len(info["shapes"][m])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file} is not the config.json of a run: {error!r}") from None
+    return config
+
+
+def check_settings(settings: dict) -> None:
+    """Raises KeyError, TypeError or ValueError where these are no settings of a run."""
+    for key in NEEDED:
+        settings[key]
+    for key, kind in KINDS.items():
+        if key in settings and not isinstance(settings[key], kind):
+            raise TypeError(f"{key} {settings[key]!r}")
+    encoders, unimodal = encoders_of(settings), settings.get("unimodal")
+    names = [settings["method"], settings["dataset"], *encoders, *encoders.values()]
+    if unimodal is not None:
+        names += [unimodal[m]["run"] for m in encoders]
+    for name in names:
+        files.check_plain(name, "name")
+    if settings["method"] in ADAPTED:
+        settings["unimodal"], settings["lora"]
+    if not set(settings.get("lora", ())) <= encoders.keys():
+        raise ValueError(f"lora {settings['lora']}")
+    if "lora" in settings and settings["rank"] < 1:
+        raise ValueError(f"rank {settings['rank']}")
+
+
+def encoders_of(settings: dict) -> dict[str, str]:
+    """Modality -> encoder, of a uni-modal or a joint run."""
+    return settings.get("encoders") or {settings["modality"]: settings["encoder"]}
+
+
+def but_seed(settings: dict) -> str:
+    """What runs of one experiment share."""
+    kept = {k: v for k, v in settings.items() if k not in ("seed", "unimodal")}
+    return json.dumps(kept, sort_keys=True)
+
+
+def started_from(folder: Path, settings: dict, modality: str) -> str | None:
+    """What an encoder of a run was before any training of ours: a file, "none" (random weights), or
+    its own name, which stands for the public checkpoint. None: nobody wrote it down."""
+    if "unimodal" in settings:                            # a joint run leaves that to step 1
+        step_1 = folder.parent / settings["unimodal"][modality]["run"]
+        if not (step_1 / "config.json").exists():
+            return None
+        settings = read_config(step_1)["settings"]
+    start = settings.get("pretrained")
+    if isinstance(start, dict):
+        return start.get(modality)
+    return start
+
+
+# ---- Results ----
+
+def read_result(folder: Path, settings: dict) -> dict:
+    """result.json of a finished run. Raises ValueError where it is damaged or of another run."""
+    file = folder / "result.json"
+    result = read_json(file)
+    for key in NAMED_IN_RESULT:
+        if key in result and result[key] != settings.get(key):
+            raise ValueError(f"{file} is the result of another run: {key} {result[key]}")
+    try:
+        for key in ("best_epoch", "trained_parameters", "seconds"):
+            check_numbers(result[key])
+        for part in (result, result["ume"]) if "ume" in result else (result,):
+            for split in ("val", "test"):
+                check_numbers(part[split])
+                for scores in part[split].values():
+                    scores["loss"], scores["accuracy" if "accuracy" in scores else "f1_micro"]
+        result["test"][settings.get("fusion") or settings["modality"]]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: {error!r}") from None
+    return result
+
+
+def read_probe(folder: Path) -> dict:
+    """probe.json: modality -> what `linear.probe` found. Raises ValueError where it is damaged."""
+    file = folder / "probe.json"
+    found = read_json(file)
+    try:
+        for of_modality in found.values():
+            check_numbers(of_modality["test"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: {error!r}") from None
+    return found
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The lines of log.jsonl. Raises ValueError where one is damaged or lacks its scores."""
+    file = folder / "log.jsonl"
+    log = files.read_lines(file)
+    try:
+        names = log[0]["val"].keys()
+        for line in log:
+            check_numbers(dict(epoch=line["epoch"], loss=line.get("loss") or 0, val=line["val"]))
+            for name in names:
+                line["val"][name]["accuracy" if "accuracy" in line["val"][name] else "f1_micro"]
+    except (IndexError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: {error!r}") from None
+    return log
+
+
+def check_numbers(value) -> None:
+    """Raises ValueError for anything but a finite number, or a dict of them."""
+    if isinstance(value, dict):
+        for inner in value.values():
+            check_numbers(inner)
+    elif not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{str(value)[:20]!r} is no number")
+
+
+# ---- Tensors ----
+
+def logits_of_step_1(folder: Path, settings: dict, split: str, n: int) -> dict:
+    """Modality -> logits (n, C) that the uni-modal runs of a run have stored.
+
+    Raises ValueError where they are of other data.
+    """
+    logits = {}
+    for m, base in settings["unimodal"].items():
+        file = folder.parent / base["run"] / "logits.safetensors"
+        tensors, _ = files.read_tensors(file)
+        logits[m] = tensors.get(f"{split}.{m}")
+        if logits[m] is None or logits[m].shape != (n, len(settings.get("classes", ()))):
+            raise ValueError(f"{file} does not hold the logits of {m} for the {n} samples of {split}")
+    return logits
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with the files of a run; "" where nothing is."""
+    try:
+        settings = read_config(folder)["settings"]
+        if (folder / "result.json").exists():
+            read_result(folder, settings)
+            for name in ("model.safetensors", "logits.safetensors"):
+                files.read_tensors(folder / name)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ""
