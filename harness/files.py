@@ -133,7 +133,7 @@ def check_plain(name, what: str) -> None:
 
 # ---- One process at a time ----
 
-HELD = {}                                             # the locks of this process: file -> descriptor
+HELD = {}                                             # locks of this process: file -> descriptor
 
 
 def lock(file: Path, what: str) -> None:
@@ -169,7 +169,8 @@ def take(opened: int) -> None:
     if fcntl:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     else:
-        os.lseek(opened, 2 ** 30, os.SEEK_SET)        # nobody can read what is locked: not the owner
+        # What is locked nobody can read. So we lock a byte far behind the name of the process.
+        os.lseek(opened, 2 ** 30, os.SEEK_SET)
         try:
             msvcrt.locking(opened, msvcrt.LK_NBLCK, 1)
         finally:

@@ -156,9 +156,10 @@ def load_unimodal(run: runs.Run, info: dict) -> UnimodalModel:
 
 
 def fill(models: nn.ModuleDict, folder: Path) -> tuple[list, list]:
-    """Put a run's stored weights into its models. -> names that the file lacks; that it has too many.
+    """Put a run's stored weights into its models.
 
-    Raises ValueError where the file is damaged or holds other shapes.
+    -> names that the file lacks, names that it has too many. Raises ValueError where the file
+    is damaged or holds other shapes.
     """
     file = folder / "model.safetensors"
     tensors, _ = files.read_tensors(file)

@@ -32,6 +32,7 @@ import data
 from harness import files, fingerprint, metrics, stored
 from harness.files import write_json, write_tensors, write_text
 
+SIGNS = ("config.json", "last.safetensors", "result.json")     # of a run in a folder
 current = None     # the run that is being trained: for the line that Ctrl-C ends with
 
 
@@ -48,8 +49,8 @@ class Run:
         run.finish(logits of val and test, models)
 
     Raises ValueError where the folder holds a run with other settings, of other code or on other
-    data, or a damaged one; with --again that run is moved aside. Toys are trained anew without being
-    asked. Raises ValueError, too, while another process trains the run.
+    data, or a damaged one; with --again that run is moved aside. Toys are trained anew without
+    being asked. Raises ValueError, too, while another process trains the run.
     """
 
     def __init__(self, args, name: str, settings: dict, data_folder: Path, info: dict, script: str):
@@ -61,7 +62,7 @@ class Run:
         self.start_counting()
         if not self.finished:
             self.lock()
-        if self.finished or (self.folder / "config.json").exists():
+        if any((self.folder / name).exists() for name in SIGNS):
             self.compare_with_earlier(args.again)
         if self.finished:
             (self.folder / "last.safetensors").unlink(missing_ok=True)     # killed just before that
@@ -204,7 +205,8 @@ class Run:
                     _, parameter, name = key.split("/")
                     moments.setdefault(int(parameter), {})[name] = tensors.pop(key)
             state = json.loads(metadata["state"])
-            same = state["settings"] == self.settings and len(state["history"]) == state["lines"] - 1
+            same = state["settings"] == self.settings
+            same = same and len(state["history"]) == state["lines"] - 1
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is damaged: {error!r}") from None
         ours = {name: tensor.shape for name, tensor in models.state_dict().items()}
@@ -227,8 +229,8 @@ class Run:
         except (ValueError, KeyError, TypeError):
             epochs = []
         if epochs != list(range(lines)):
-            raise ValueError(f"{log} is damaged: it lacks some of the epochs 0 to {lines - 1}; put it"
-                             f" back, or delete {self.folder} and train anew")
+            raise ValueError(f"{log} is damaged: it lacks some of the epochs 0 to {lines - 1}; put"
+                             f" it back, or delete {self.folder} and train anew")
         return b"".join(kept).decode()
 
     # ---- One epoch ----
@@ -237,7 +239,7 @@ class Run:
         # Not time.time(): somebody may set the clock.
         self.began, self.training_seconds = time.perf_counter(), 0.0
         self.seen, self.total, self.notes = 0, torch.zeros(2, device=self.device), {}
-        self.step, self.losses = 0, []                        # losses: (step, loss), not yet looked at
+        self.step, self.losses = 0, []                        # (step, loss), not yet looked at
 
     def progress(self, batches: list, epoch: int):
         """The batches of one epoch, with a line on the screen. `break` may leave the loop."""

@@ -7,7 +7,7 @@ import json
 import math
 from pathlib import Path
 
-from harness import files
+from harness import files, metrics
 from harness.files import read_json
 
 # Such a run stores only what it has trained: A and B, or as little.
@@ -16,7 +16,8 @@ NAMED_IN_RESULT = ("method", "dataset", "seed", "modality", "encoder", "encoders
 # What a setting is, where it is there; without these nobody can use a run.
 KINDS = dict(method=str, dataset=str, seed=int, precision=str, frames=int, audio_shift=int,
              modality=str, encoder=str, encoders=dict, fusion=str, lora=list, rank=int,
-             unimodal=dict, epochs=int, batch_size=int, lr=(float, int), drop_path=(float, int))
+             unimodal=dict, classes=list, epochs=int, batch_size=int, lr=(float, int),
+             drop_path=(float, int))
 NEEDED = ("method", "dataset", "seed", "precision", "frames", "audio_shift")
 
 
@@ -69,6 +70,8 @@ def check_settings(settings: dict) -> None:
         names += [unimodal[m]["run"] for m in encoders]
     for name in names:
         files.check_plain(name, "name")
+    if "encoders" in settings and settings["fusion"] not in (*metrics.FUSIONS, "joint"):
+        raise ValueError(f"fusion {settings['fusion']}")
     if settings["method"] in ADAPTED:
         settings["unimodal"], settings["lora"]
     if not set(settings.get("lora", ())) <= encoders.keys():
@@ -131,8 +134,9 @@ def read_probe(folder: Path) -> dict:
     found = read_json(file)
     try:
         for of_modality in found.values():
+            of_modality["test"].keys()
             check_numbers(of_modality["test"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{file} is damaged: {error!r}") from None
     return found
 
@@ -174,7 +178,8 @@ def logits_of_step_1(folder: Path, settings: dict, split: str, n: int) -> dict:
         tensors, _ = files.read_tensors(file)
         logits[m] = tensors.get(f"{split}.{m}")
         if logits[m] is None or logits[m].shape != (n, len(settings.get("classes", ()))):
-            raise ValueError(f"{file} does not hold the logits of {m} for the {n} samples of {split}")
+            raise ValueError(f"{file} does not hold the logits of {m} for the {n} samples of"
+                             f" {split}")
     return logits
 
 
