@@ -19,6 +19,7 @@ One process, one thread. Runs are kept in --out, and a finished one is not train
     shares.json     a share of the training set; epochs times so many, see SHARES
     laziness.json   linear evaluation of encoders: before, after step 1, after joint training
     missing.json    a share of the test samples lacks a modality
+    sgd.json        the methods whose authors train with SGD
 """
 import argparse
 import math
@@ -38,7 +39,7 @@ from results import tables
 
 HERE = fingerprint.PROJECT / "results"
 WORLDS = ("toy", "toy_mismatched", "toy_mimics")
-STUDIES = ("main", "ablations", "shares", "laziness", "missing")
+STUDIES = ("main", "ablations", "shares", "laziness", "missing", "sgd")
 FRESH = tuple(range(30, 40))           # no world and no rate was chosen on them
 TUNED_ON = (0, 1)
 SERIES = [float(f"{digit}e{k}") for k in range(-7, 2) for digit in (1, 3)]
@@ -87,6 +88,9 @@ ABLATIONS = {f"rank {r}": Row(f"rank {r}", "train_joint.py", ("--lora", "all", "
              for r in RANKS}
 for modality in ("audio", "visual"):
     ABLATIONS[modality] = Row(f"{modality} only", "train_joint.py", ("--lora", modality))
+# The methods whose authors train with SGD, and the baseline that they are compared with.
+SGD = {f"{name}_sgd": Row(f"{MAIN[name].label}, SGD", MAIN[name].script, ("--optimizer", "sgd"),
+                          0.03, False) for name in ("concat", "ogm_ge", "pmr", "mla")}
 # Rows whose rate is that of another row.
 RATE_OF = {"mmlora r8": "rank 8"}
 OF_A_SHARE = {name: MAIN[name] for name in ("mmlora", "separate", "full_ume", "no_umft", "concat")}
@@ -380,6 +384,12 @@ def ablation_study(args, world: str) -> None:
             train_row(args, "ablations", world, name, row)
 
 
+def sgd_study(args, world: str) -> None:
+    for name, row in SGD.items():
+        if wanted(args, world, name):
+            train_row(args, "sgd", world, name, row)
+
+
 def share_study(args, world: str) -> None:
     setting = paper.settings_for(world)
     for share, times in SHARES.items():
@@ -499,12 +509,12 @@ def main() -> None:
     for world in args.worlds:
         umft_rate(args, world)
         if args.tune:
-            for name, row in {**MAIN, **ABLATIONS}.items():
+            for name, row in {**MAIN, **ABLATIONS, **SGD}.items():
                 if wanted(args, world, name):
                     rate_of(args, world, name, row)
             continue
         do = dict(main=main_study, ablations=ablation_study, shares=share_study,
-                  laziness=laziness_study, missing=missing_study)
+                  laziness=laziness_study, missing=missing_study, sgd=sgd_study)
         for study in args.studies:
             do[study](args, world)
     if not args.tune:

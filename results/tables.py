@@ -11,9 +11,9 @@ A table stands between two comments, and a test compares it with what is generat
 One rule for all claims: the difference to UME on the same seeds, its mean +- the standard error of
 the mean. It is bold where Student's paired t, two-sided, has p < 0.05.
 """
+import argparse
 import re
 import statistics
-import sys
 from pathlib import Path
 
 from harness import compare, files
@@ -189,6 +189,18 @@ def ablations(world: str) -> str:
     return markdown(["", "accuracy", "- UME", "p", "rate"], lines)
 
 
+def sgd(world: str) -> str:
+    """Differences to the multi-modal baseline with the same optimiser."""
+    main, rows, lines = read("main", world), read("sgd", world), []
+    for name in rows:
+        adamw = main[name.removesuffix("_sgd")]
+        line = [adamw["label"]]
+        for row, base in ((adamw, main["concat"]), (rows[name], rows["concat_sgd"])):
+            line += [mean_cell(accuracies(row).values()), difference_cell(paired(row, base))]
+        lines.append([*line, f"{rows[name]['lr']:g}"])
+    return markdown(["", "AdamW", "- baseline", "SGD", "- baseline", "rate"], lines)
+
+
 def shares(world: str) -> str:
     main, rows = read("main", world), read("shares", world)
     full = {"mmlora r8": read("ablations", world).get("rank 8"), **main}
@@ -263,7 +275,7 @@ def rates(world: str) -> str:
 
 TABLES = dict(main=main_table, methods=methods, differences=differences, gains=gains,
               calibration=calibration, ablations=ablations, shares=shares, laziness=laziness,
-              missing=missing, rates=rates)
+              missing=missing, sgd=sgd, rates=rates)
 
 
 def table(words: str) -> str:
@@ -298,9 +310,14 @@ def fill() -> None:
 
 
 def main() -> None:
-    for words in sys.argv[1:]:
+    p = argparse.ArgumentParser(prog="python -m results.tables", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("tables", nargs="*", metavar="TABLE",
+                   help="print these, and fill no file: main, 'methods toy'")
+    args = p.parse_args()
+    for words in args.tables:
         print(table(words))
-    if not sys.argv[1:]:
+    if not args.tables:
         fill()
 
 
