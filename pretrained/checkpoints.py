@@ -28,7 +28,7 @@ class Public(NamedTuple):
     gigabytes: float
     licence: str
     sha256: str | None = None     # the first digits, where the publisher gives them
-    tower: float | None = None    # gigabytes of the encoder's own tensors, where only they are fetched
+    tower: float | None = None    # gigabytes of the encoder alone, where only it is fetched
 
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -48,8 +48,7 @@ PUBLIC = {
                       tower=0.35),
     "vit_l14": Public(f"{HUB}/laion/CLIP-ViT-L-14-DataComp.XL-s13B-b90K/{OPENCLIP}", 1.71, "MIT",
                       tower=1.21),
-    "audio_vit_b": Public(f"{META}/imagebind_huge.pth", 4.80, "CC-BY-NC-SA 4.0",
-                          tower=0.34),
+    "audio_vit_b": Public(f"{META}/imagebind_huge.pth", 4.80, "CC-BY-NC-SA 4.0", tower=0.34),
     "bert_base": Public(
         f"{HUB}/google-bert/bert-base-uncased/resolve/main/model.safetensors", 0.44, "Apache-2.0"),
     "bert_large": Public(
@@ -80,7 +79,7 @@ def download(name, folder="checkpoints"):
     if name not in PUBLIC:
         raise ValueError(f"no public checkpoint is known for {name!r};"
                          f" there are {', '.join(PUBLIC)}")
-    url, gigabytes, _, sha256, tower = PUBLIC[name]
+    url, gigabytes, _, sha256, part = PUBLIC[name]
     path = place(name, folder)
     if "://" not in url:
         check_shipped(path, sha256)
@@ -91,11 +90,12 @@ def download(name, folder="checkpoints"):
     whole = path.with_name(url.rsplit("/", 1)[1])
     try:
         file = remote.RemoteFile(url)
-        if tower:
+        if part:
             try:
                 return download_tower(name, file, path)
             except remote.NoParts as error:
-                print(f"{url}: {error}; fetching the whole file, {gigabytes} GB", flush=True)
+                print(f"{url}: {error}; fetching the whole file, {gigabytes} GB instead of {part}",
+                      flush=True)
         remote.fetch_file(file, whole, sha256)
     except (OSError, http.client.HTTPException) as error:
         later = ", or run this again: it goes on" if list(path.parent.glob("*.partial")) else ""
@@ -120,11 +120,11 @@ def place(name: str, folder="checkpoints") -> Path:
     encoder's tensors are fetched, these have a file of their own, `....tower.safetensors`. A whole
     file in its place is taken, too.
     """
-    url, tower = PUBLIC[name].url, PUBLIC[name].tower
+    url = PUBLIC[name].url
     if "://" not in url:
         return PROJECT / url
     whole = Path(folder) / name / url.rsplit("/", 1)[1]
-    if tower and not whole.is_file():
+    if PUBLIC[name].tower and not whole.is_file():
         return whole.with_suffix(".tower.safetensors")
     return whole
 

@@ -200,12 +200,13 @@ def wants_quick_gelu(path: Path, url: str = "") -> bool | None:
             return vision["hidden_act"] == "quick_gelu"
         if "quick_gelu" in config:
             return bool(config["quick_gelu"])
-    # The last names of the path: further up stands what a user calls his own folders.
-    told = "/".join([*path.absolute().parts[-4:], url])
-    if re.search(QUICK_GELU, told):
-        return True
-    if re.search(GELU, told):
-        return False
+    # The file's own name tells more than those of the folders around it. Four are enough for
+    # openai/clip/snapshots/<hash>/<file>, and further up a user's own begin.
+    for name in [url, *reversed(path.absolute().parts[-4:])]:
+        if re.search(QUICK_GELU, name):
+            return True
+        if re.search(GELU, name):
+            return False
     return None
 
 

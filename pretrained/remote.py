@@ -221,7 +221,7 @@ def of_record(record: zipfile.ZipInfo, like: torch.Tensor):
         start = 30 + sum(struct.unpack("<HH", content[26:30]))
         content = content[start:start + record.file_size]
         if zlib.crc32(content) != record.CRC:
-            raise OSError(f"{record.filename} came damaged")
+            raise ValueError(f"the checksum of {record.filename} is another one")
         flat = torch.frombuffer(bytearray(content), dtype=like.dtype)
         return flat.as_strided(like.shape, like.stride(), like.storage_offset())
     return tensor
@@ -244,11 +244,13 @@ def fetch_tensors(remote: RemoteFile, places: dict[str, Place], path: Path) -> N
             for name, place in places.items():
                 file.seek(starts[place.first])
                 tensors[name] = place.tensor(file.read(place.last - place.first)).contiguous()
-        written = path.with_name(f"{path.name}.partial")
-        safetensors.torch.save_file(tensors, written, {"format": "pt", "from": remote.url})
-        written.replace(path)     # a file under the real name is always whole
-    finally:
+    except Exception as error:
         partial.unlink()
+        raise OSError(f"it came damaged ({error})") from error
+    written = path.with_name(f"{path.name}.partial")
+    safetensors.torch.save_file(tensors, written, {"format": "pt", "from": remote.url})
+    written.replace(path)     # a file under the real name is always whole
+    partial.unlink()
 
 
 def fetch_file(remote: RemoteFile, path: Path, sha256: str | None = None) -> None:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+import evaluate
 from baselines import mmbt, parts
 from encoders import BERT, BUILD, AudioViT, DeBERTa, ViT, build, quick_gelu
 from harness.models import load_run, new_model
@@ -191,6 +192,7 @@ def test_other_architectures_are_named(model, tmp_path):
         assert "other.bin does not fit" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_files_that_are_no_dictionary_of_tensors(tmp_path):
     torch.save(Net(), tmp_path / "net.pt")
     torch.save({"model": state_of("bert"), "optimizer": torch.optim.SGD}, tmp_path / "train.pt")
@@ -236,6 +238,7 @@ def test_quick_gelu_equals_open_clip(tmp_path, capsys):
     ("laion/CLIP-ViT-B-16-laion2B-s34B-b88K", "open_clip_pytorch_model.bin", False),
     ("laion/CLIP-ViT-L-14-DataComp.XL-s13B-b90K", "open_clip_pytorch_model.bin", False),
     ("weights", "open_clip_pytorch_model.bin", None),
+    ("openai_or_not", "vit_b_16-laion2b_e16.bin", False),
 ])
 def test_quick_gelu_by_known_names(folder, file, quick, tmp_path):
     assert configs.wants_quick_gelu(tmp_path / folder / file) is quick
@@ -419,7 +422,7 @@ def of_imagebind(server, imagebind, monkeypatch, tmp_path):
     def get(file="imagebind_huge.pth", tower=0.001, path=""):
         server.files[f"/{file}"] = folder / file
         monkeypatch.setitem(PUBLIC, "audio_vit_b", Public(f"{server.address}{path}/{file}", 0.1, "X", None, tower))
-        return download("audio_vit_b", tmp_path)
+        return download("audio_vit_b", tmp_path / "checkpoints")
     return get
 
 
@@ -429,10 +432,10 @@ def tensors_of(path):
 
 
 @pytest.mark.parametrize("file", ["imagebind_huge.pth", "model.safetensors"])
-def test_only_the_tower_is_fetched(file, of_imagebind, imagebind, server, tmp_path):
+def test_only_the_tower_is_fetched(file, of_imagebind, imagebind, server, tmp_path, monkeypatch):
     folder, size = imagebind
     path = of_imagebind(file)
-    assert path == place("audio_vit_b", tmp_path) and path.name == f"{Path(file).stem}.tower.safetensors"
+    assert path == place("audio_vit_b", tmp_path / "checkpoints") and path.name == f"{Path(file).stem}.tower.safetensors"
     assert os.path.getsize(folder / file) > 50 * size and server.sent <= 1.05 * size + 10**6
     encoder, whole = (load_public(build("audio_vit_b"), f) for f in (path, folder / file))
     assert same(encoder, whole) and set(tensors_of(path)) == set(public_names(encoder))
@@ -440,6 +443,10 @@ def test_only_the_tower_is_fetched(file, of_imagebind, imagebind, server, tmp_pa
     assert of_imagebind(file) == path and server.sent == sent     # it is there
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     # Export: the tower alone, or into the whole file.
+    monkeypatch.chdir(tmp_path)
+    start = dict(pretrained="audio_vit_b")
+    name, source, note = evaluate.public_file(tmp_path, start, "audio", "audio_vit_b", encoder)
+    assert (name, source) == (path.name, path.relative_to(tmp_path)) and "strict=False" in note
     export_public(encoder, tmp_path / "small.safetensors", path)
     assert tensors_of(tmp_path / "small.safetensors").keys() == tensors_of(path).keys()
     export_public(encoder, tmp_path / "large.safetensors", folder / file)
@@ -452,7 +459,7 @@ def test_a_cut_download_of_the_tower_goes_on_where_it_stopped(of_imagebind, imag
     server.stop = 400_000 + size // 2     # then it sends nothing any more
     with pytest.raises(ConnectionError, match="bytes are missing.*run this again: it goes on"):
         of_imagebind()
-    partial, = tmp_path.glob("audio_vit_b/*.partial")
+    partial, = tmp_path.glob("checkpoints/audio_vit_b/*.partial")
     have, sent = partial.stat().st_size, server.sent
     assert have > size // 4
     server.stop = 10**12
@@ -482,9 +489,9 @@ def test_where_only_the_whole_file_can_be_had(what, of_imagebind, imagebind, ser
         if not old:
             (imagebind[0] / file).write_bytes(b"PK\x05\x06" + b"\0" * 1000)
     path = of_imagebind(file)
-    assert path == tmp_path / "audio_vit_b" / file and path.read_bytes() == (imagebind[0] / file).read_bytes()
+    assert path == tmp_path / "checkpoints" / "audio_vit_b" / file and path.read_bytes() == (imagebind[0] / file).read_bytes()
     assert "fetching the whole file, 0.1 GB" in capsys.readouterr().out
-    assert of_imagebind(file) == path == place("audio_vit_b", tmp_path)
+    assert of_imagebind(file) == path == place("audio_vit_b", tmp_path / "checkpoints")
     assert [p.name for p in path.parent.iterdir()] == [file]
 
 
@@ -494,7 +501,7 @@ def test_a_damaged_tensor_is_noticed(of_imagebind, imagebind, server, tmp_path):
     (imagebind[0] / "damaged.pth").write_bytes(damaged)
     with pytest.raises(ConnectionError, match="came damaged"):
         of_imagebind("damaged.pth")
-    assert not list(tmp_path.glob("audio_vit_b/*"))
+    assert not list(tmp_path.glob("checkpoints/audio_vit_b/*"))
 
 
 @pytest.fixture
