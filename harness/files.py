@@ -32,7 +32,6 @@ def replacing(file: Path):
             yield temporary
             to_disk(temporary)
             os.replace(temporary, file)
-            to_disk(file.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -47,19 +46,10 @@ def naming(file: Path):
         raise OSError(f"cannot write {file}: {why}") from None
 
 
-def to_disk(path: Path) -> None:
-    """Wait until the disk has a file, or the names in a folder. Else a power cut may keep the new
-    name and lose the content."""
-    if path.is_dir():
-        with contextlib.suppress(OSError):            # Windows and some file systems can't
-            folder = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    else:
-        with open(path, "rb+") as f:
-            os.fsync(f.fileno())
+def to_disk(file: Path) -> None:
+    """Wait until the disk has the content. Else a power cut may keep the new name and lose it."""
+    with open(file, "rb+") as f:
+        os.fsync(f.fileno())
 
 
 def write_text(file: Path, text: str) -> None:

@@ -73,7 +73,7 @@ def check_settings(settings: dict) -> None:
     if "encoders" in settings and settings["fusion"] not in (*metrics.FUSIONS, "joint"):
         raise ValueError(f"fusion {settings['fusion']}")
     if settings["method"] in ADAPTED:
-        settings["unimodal"], settings["lora"]
+        settings["unimodal"]
     if not set(settings.get("lora", ())) <= encoders.keys():
         raise ValueError(f"lora {settings['lora']}")
     if "lora" in settings and settings["rank"] < 1:

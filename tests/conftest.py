@@ -3,6 +3,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")     # models this small are slower on two threads, and many times so on a busy machine
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.fsync = lambda descriptor: None     # it takes 10 ms, and protects from power cuts only
 
 import json      # noqa: E402  all of these after the two lines above
 import shutil

@@ -112,7 +112,7 @@ def test_spellings(model, prefix, spelling, tmp_path):
     # Back into a file of the same spelling, bit for bit.
     export_public(encoder, tmp_path / "again.pth", tmp_path / "open_clip_laion2b.bin")
     again = torch.load(tmp_path / "again.pth", weights_only=True)
-    stored = checkpoints.files.unwrap(stored)
+    stored = checkpoints.formats.unwrap(stored)
     assert again.keys() == stored.keys()
     assert all(torch.equal(again[name], stored[name]) and again[name].dtype == stored[name].dtype for name in stored)
 

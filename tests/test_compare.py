@@ -10,7 +10,7 @@ import torch
 
 from harness import calibration, compare
 from results import study, tables
-from running import MMLORA, QUICK, ROOT, call, error, result, table
+from running import MMLORA, QUICK, ROOT, UMFT_EPOCHS, call, error, result, table
 
 
 # ---------------------------------------------------------------------------- statistics
@@ -319,7 +319,7 @@ def test_the_study_trains_with_the_real_scripts(base, copied, root, measured, mo
     study.main()
     rows = study.read("main")["toy"]
     done = result(copied, "toy/mmlora-all-r1-lr0.03-s0")
-    assert rows["mmlora"]["lr"] == 0.03 and rows["mmlora"]["epochs"] == "15 + 1"
+    assert rows["mmlora"]["lr"] == 0.03 and rows["mmlora"]["epochs"] == f"{UMFT_EPOCHS} + 1"
     assert rows["mmlora"]["seeds"]["0"]["accuracy"] == round(100 * done["test"]["prob"]["accuracy"], 4)
     assert rows["ume"]["seeds"]["0"]["accuracy"] == round(100 * done["ume"]["test"]["prob"]["accuracy"], 4)
     assert rows["mmlora"]["command"].startswith("python train_joint.py --dataset toy --lora all")

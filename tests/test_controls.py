@@ -13,6 +13,7 @@ from harness.models import load_run
 from running import QUICK, call, error, log_of, result, table, tensors
 
 ONE = [*QUICK, "--epochs", 1]         # on the uni-modal models of `base`
+STEPS = 2                             # so many they are
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 
@@ -72,7 +73,7 @@ def test_eq_3_trains_the_norms(copied, root, monkeypatch):
         count(self, loss, logits, y)
     monkeypatch.setattr(runs.Run, "count", watched)
     call("baselines.small", "--what", "norms", *ONE, out=copied, root=root)
-    assert len(seen) == 4 and all(a == pytest.approx(b, rel=1e-5) for a, b in seen)
+    assert len(seen) == STEPS and all(a == pytest.approx(b, rel=1e-5) for a, b in seen)
     assert all("norm" in name for name in tensors(copied, "toy/small-what-norms-s0"))
     as_stored(copied, "toy/small-what-norms-s0", root)
 
@@ -96,7 +97,7 @@ def test_longer_umft_trains_all_weights_each_on_its_own(copied, root, monkeypatc
     monkeypatch.setattr(runs.Run, "count", watched)
     call("baselines.separate_full", *ONE, out=copied, root=root)
     done = result(copied, "toy/separate_full-s0")
-    assert seen == [True] * 4
+    assert seen == [True] * STEPS
     assert done["trained_parameters"] == sum(
         t.numel() for m in ("audio", "visual") for t in tensors(copied, f"toy/unimodal-{m}-s0").values())
 
@@ -117,7 +118,7 @@ def test_the_loss_is_of_what_is_left(copied, root, monkeypatch):
     seen, count = [], runs.Run.count
     monkeypatch.setattr(runs.Run, "count", lambda self, loss, z, y: (seen.append(tuple(z)),
                                                                      count(self, loss, z, y)))
-    call("baselines.drop_modality", *ONE, "--drop-modality", 0.6, out=copied, root=root)
+    call("baselines.drop_modality", *ONE, "--batch-size", 50, "--drop-modality", 0.6, out=copied, root=root)
     assert len(seen) == 4 and {len(kept) for kept in seen} == {1, 2}
     as_stored(copied, "toy/drop_modality-all-r1-drop-modality-0.6-s0", root)
 
