@@ -123,7 +123,7 @@ def check_plain(name, what: str) -> None:
 
 # ---- One process at a time ----
 
-HELD = {}                                             # locks of this process: file -> descriptor
+HELD = {}               # the locks of this process: file -> descriptor, folders made for it
 
 
 def lock(file: Path, what: str) -> None:
@@ -135,6 +135,7 @@ def lock(file: Path, what: str) -> None:
     """
     if file in HELD:
         return
+    made = [folder for folder in file.parents if not folder.exists()]
     file.parent.mkdir(parents=True, exist_ok=True)
     opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -149,7 +150,7 @@ def lock(file: Path, what: str) -> None:
         if os.path.samestat(os.fstat(opened), file.stat()):
             os.ftruncate(opened, 0)
             os.write(opened, f"process {os.getpid()} on {platform.node()}".encode())
-            HELD[file] = opened
+            HELD[file] = opened, made
             return
     os.close(opened)                                  # its last owner was just removing the file
     lock(file, what)
@@ -169,10 +170,14 @@ def take(opened: int) -> None:
 
 def unlock(*locked: Path) -> None:
     """Give these locks back, or all of this process."""
-    for file in locked or list(HELD):
-        opened = HELD.pop(file, None)
-        if opened is not None:
-            if fcntl:                                 # Windows removes no open file
-                file.unlink(missing_ok=True)
-                fcntl.flock(opened, fcntl.LOCK_UN)
-            os.close(opened)
+    for file in locked or list(reversed(HELD)):
+        if file not in HELD:
+            continue
+        opened, made = HELD.pop(file)
+        if fcntl:                                     # Windows removes no open file
+            file.unlink(missing_ok=True)
+            fcntl.flock(opened, fcntl.LOCK_UN)
+        os.close(opened)
+        with contextlib.suppress(OSError):            # folders in which there is something now
+            for folder in made:
+                folder.rmdir()
