@@ -41,7 +41,7 @@ def new_model(name: str, info: dict, modality: str, sizes: dict | None = None) -
         options["in_channels"] = 1 if kind == "audio" else shape[1]
     if kind == "text" and name in BUILD:
         options["vocab_size"] = vocabulary_size(name, info)
-    if name in BUILD:
+    if name in BUILD or not family:                       # build() says that there is no such name
         encoder = build(name, **sizes, **options)
     else:
         encoder = configs.make(name.partition("-")[0], sizes | options)

@@ -698,6 +698,10 @@ def test_baselines_know_the_family_of_a_folder():
     info = dict(name="menu", modalities={"visual": "image"}, shapes={"visual": [1]}, classes=["a"])
     with pytest.raises(ValueError, match="encoder bert-small reads text, but visual of menu is image"):
         new_model("bert-small", info, "visual", {})
+    for kind in ("wordpiece", "byte_bpe"):
+        text = dict(modalities={"text": "text"}, shapes={"text": [6]}, tokenizer=dict(kind=kind, vocab_size=9))
+        with pytest.raises(ValueError, match="no encoder is called 'bird'"):
+            new_model("bird", info | text, "text")
 
 
 def test_learning_rates_of_folders_are_those_of_their_family():
