@@ -388,11 +388,11 @@ def check_info(file: Path, info) -> None:
     for m, kind in modalities.items():
         # Models are kept by modality in a ModuleDict, whose keys may not be its own methods.
         taken = m in ("labels", "groups") or hasattr(torch.nn.ModuleDict(), m)
-        need(re.fullmatch(r"\w[\w-]*", m) and not taken, file,
-             f"'modalities': a name has letters, digits, _ - only, and Python's are taken: {m!r}")
+        need(re.fullmatch(r"\w[\w-]*", m) and not taken, file, f"'modalities': choose a name of"
+             f" letters, digits, _ and - that is not in use, instead of {m!r}")
         need(kind in [*FORMATS], file, f"'modalities': {m} must be one of {', '.join(FORMATS)}")
         need(kind != "text" or info.get("tokenizer"), file,
-             f"{m} is text, so 'tokenizer' must say kind and vocab_size")
+             f"'tokenizer' must say kind and vocab_size of the token ids in {m}")
         shape = info["shapes"].get(m)
         need(isinstance(shape, list) and all(isinstance(n, int) for n in shape), file,
              f"'shapes' must have a list of numbers for {m}")

@@ -72,7 +72,7 @@ def problem_of(row, first: dict[str, int]) -> str | None:
         if modality == "text":
             if not isinstance(value, str):     # it may be empty
                 return f"text is {value!r}: write the text, in quotes"
-        elif not isinstance(value, str) or not value:
+        elif not is_line(value) or "\0" in value:
             return f"{modality} is {value!r}: write a path, in quotes"
         elif Path(value).is_absolute() or ".." in Path(value).parts:
             return (f"{modality} {value!r} leads out of the folder of the index: copy or link "
