@@ -85,7 +85,7 @@ def test_a_lock_whose_file_was_just_removed_is_none(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "take", removed_meanwhile)
     files.lock(file, "x")
-    assert os.path.samestat(os.fstat(files.HELD[file]), file.stat())
+    assert os.path.samestat(os.fstat(files.HELD[file][0]), file.stat())
 
 
 def test_a_drive_without_locks_and_windows(tmp_path, monkeypatch, capsys):
