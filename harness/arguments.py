@@ -320,7 +320,8 @@ def find_toy(folder: Path, name: str, seed: int) -> Path:
             print(why, flush=True)
             if folder.exists():                           # toy.make never overwrites
                 os.replace(folder, old)
-            toy.make(folder, name, seed, made_by)
+            with files.naming(folder):
+                toy.make(folder, name, seed, made_by)
     finally:                                              # also what a killed process left behind
         for half in folder.parent.glob(f".{folder.name}.[0-9]*"):
             shutil.rmtree(half, ignore_errors=True)

@@ -34,7 +34,8 @@ def replacing(file: Path):
             os.replace(temporary, file)
             to_disk(file.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 
 @contextlib.contextmanager

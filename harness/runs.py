@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import data
 from harness import files, fingerprint, metrics, stored
-from harness.files import read_json, write_json, write_tensors, write_text
+from harness.files import write_json, write_tensors, write_text
 
 SIGNS = ("config.json", "last.safetensors", "result.json")     # of a run in a folder
 current = None     # the run that is being trained: for the line that Ctrl-C ends with
@@ -64,7 +64,9 @@ class Run:
         if any((self.folder / name).exists() for name in SIGNS):
             self.compare_with_earlier(args.again)
         if self.finished:
-            (self.folder / "last.safetensors").unlink(missing_ok=True)     # killed just before that
+            last = self.folder / "last.safetensors"
+            if last.exists():                             # it was killed just before
+                last.unlink()
             print(f"{self.folder}: trained on {self.date()}, nothing to do", flush=True)
 
     @classmethod
