@@ -225,7 +225,7 @@ def how_far() -> str:
     run = runs.current
     if run is None or run.finished:
         return "stopped; the same command goes on"
-    return f"stopped after epoch {run.saved} of {run.folder}; the same command goes on"
+    return f"stopped after epoch {run.saved()} of {run.folder}; the same command goes on"
 
 
 def train_all(p: argparse.ArgumentParser, train) -> None:

@@ -126,6 +126,11 @@ def read_tensors(file: Path) -> tuple[dict, dict]:
     return tensors, metadata
 
 
+def read_metadata(file: Path) -> dict:
+    with safe_open(file, "pt") as f:
+        return f.metadata()
+
+
 def check_plain(name, what: str) -> None:
     """Raises ValueError where a name is a path, or nothing: it would lead out of its folder."""
     if not isinstance(name, str) or not name or name.startswith(".") or set(name) & set("/\\:\0"):
