@@ -238,7 +238,7 @@ def how_far() -> str:
     run = runs.current
     if run is None or run.finished:
         return "stopped; the same command goes on"
-    return f"stopped after epoch {run.saved} of {run.folder}; the same command goes on"
+    return f"stopped after epoch {run.saved()} of {run.folder}; the same command goes on"
 
 
 def train_all(p: argparse.ArgumentParser, train) -> None:
@@ -331,7 +331,8 @@ def find_toy(folder: Path, name: str, seed: int) -> Path:
             print(why, flush=True)
             if folder.exists():                           # toy.make never overwrites
                 os.replace(folder, old)
-            toy.make(folder, name, seed, made_by)
+            with files.naming(folder):
+                toy.make(folder, name, seed, made_by)
     finally:                                              # also what a killed process left behind
         for half in folder.parent.glob(f".{folder.name}.[0-9]*"):
             shutil.rmtree(half, ignore_errors=True)

@@ -33,7 +33,8 @@ def replacing(file: Path):
             to_disk(temporary)
             os.replace(temporary, file)
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 
 @contextlib.contextmanager
@@ -113,6 +114,11 @@ def read_tensors(file: Path) -> tuple[dict, dict]:
         if not tensor.isfinite().all():
             raise ValueError(f"{file} is damaged: {name} is not finite")
     return tensors, metadata
+
+
+def read_metadata(file: Path) -> dict:
+    with safe_open(file, "pt") as f:
+        return f.metadata()
 
 
 def check_plain(name, what: str) -> None:

@@ -65,7 +65,9 @@ class Run:
         if any((self.folder / name).exists() for name in SIGNS):
             self.compare_with_earlier(args.again)
         if self.finished:
-            (self.folder / "last.safetensors").unlink(missing_ok=True)     # killed just before that
+            last = self.folder / "last.safetensors"
+            if last.exists():                             # it was killed just before
+                last.unlink()
             print(f"{self.folder}: trained on {self.date()}, nothing to do", flush=True)
 
     @classmethod
@@ -168,7 +170,7 @@ class Run:
         self.optimizer = optimizer
         self.begin()
         reset_peak_memory(self.device)
-        self.best, self.best_epoch, self.seconds, self.saved = None, 0, 0.0, 0
+        self.best, self.best_epoch, self.seconds = None, 0, 0.0
         self.start_counting()
         last, log = self.folder / "last.safetensors", self.folder / "log.jsonl"
         if last.exists():
@@ -185,7 +187,6 @@ class Run:
         models.load_state_dict(tensors, strict=False)
         self.best, self.best_epoch = state["best"], state["best_epoch"]
         self.history, self.seconds = state["history"], state["seconds"]
-        self.saved = state["lines"] - 1
         print(f"{self.folder}: going on from epoch {state['lines']}", flush=True)
         return state["lines"]
 
@@ -304,7 +305,6 @@ class Run:
         if epoch > 0:
             self.history.append(key[0])
             self.save_last(tensors, epoch)
-            self.saved = epoch
         self.start_counting()
 
     def counted(self, epoch: int) -> dict:
@@ -345,6 +345,12 @@ class Run:
 
     def log(self, line: dict) -> None:
         files.append_line(self.folder / "log.jsonl", line)
+
+    def saved(self) -> int:
+        """The epoch that a next start goes on behind: what the disk says, also after Ctrl-C within
+        `save_last`."""
+        file = self.folder / "last.safetensors"
+        return json.loads(files.read_metadata(file)["state"])["lines"] - 1 if file.exists() else 0
 
     def save_last(self, tensors: dict, epoch: int) -> None:
         state = dict(settings=self.settings, lines=epoch + 1, best=self.best,

@@ -20,7 +20,8 @@ from torch import nn
 import data
 import encoders
 from baselines import g_blending, mla, ogm_ge, parts, pmr
-from harness import arguments, files, fingerprint, metrics, models, optim, runs
+from harness import arguments, fingerprint, metrics, models, optim, runs
+from harness.files import read_json
 from lora import add_lora
 from paper import settings as paper
 from prepare import toy
@@ -46,7 +47,7 @@ def root(tmp_path_factory):
             arguments.find(folder, "toy", seed)
     for name in ("tri", "multi", "mono"):
         shutil.copytree(folder / "toy-s0", folder / name)
-        info = files.read_json(folder / name / "dataset.json") | dict(name=name)
+        info = read_json(folder / name / "dataset.json") | dict(name=name)
         del info["made_by"], info["sample_groups"]            # a data set like anybody's own, not a toy
         for split in ("train", "val", "test"):
             where = folder / name / split
@@ -104,11 +105,11 @@ def same(a, b):
 
 
 def result_of(folder):
-    return files.read_json(folder / "result.json")
+    return read_json(folder / "result.json")
 
 
 def settings_of(folder):
-    return files.read_json(folder / "config.json")["settings"]
+    return read_json(folder / "config.json")["settings"]
 
 
 def logged(folder):
@@ -148,7 +149,7 @@ def parameters(optimizer):
 
 def features(folder, root):
     """h_m of test by hand: encoders rebuilt from the run's file, applied to the prepared arrays."""
-    info = files.read_json(root / "toy-s0" / "dataset.json")
+    info = read_json(root / "toy-s0" / "dataset.json")
     file, settings, h = tensors(folder), settings_of(folder), {}
     for m, encoder in settings["encoders"].items():
         model = models.new_model(encoder, info, m).eval()

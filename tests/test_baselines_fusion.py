@@ -12,7 +12,8 @@ from torch import nn
 import data
 import encoders
 from baselines import mbt, mmbt, parts, pmf
-from harness import arguments, files, fingerprint, metrics, models, optim, runs
+from harness import arguments, fingerprint, metrics, models, optim, runs
+from harness.files import read_json
 from prepare import toy
 from pretrained import checkpoints
 from running import call, error
@@ -109,7 +110,7 @@ def script(root, tmp_path):
 
 def pretrained(root, dataset, **names):
     """The tensors that a run with seed 0 starts from."""
-    info, state = files.read_json(root / dataset / "dataset.json"), {}
+    info, state = read_json(root / dataset / "dataset.json"), {}
     start = {m: name if name in checkpoints.PUBLIC else "none" for m, name in names.items()}
     settings = dict(encoders=names, pretrained=start)
     for m in names:
@@ -162,7 +163,7 @@ def test_the_scripts_run_learn_and_hold_what_they_say(script, root, method, word
     # and the stored weights give the stored predictions
     settings = settings_of(folder)
     where = root / ("toy-s0" if settings["dataset"] == "toy" else "menu")
-    info, split = files.read_json(where / "dataset.json"), data.Split(where, "test")
+    info, split = read_json(where / "dataset.json"), data.Split(where, "test")
     made, x = nn.ModuleDict(), {}
     for m, name in settings["encoders"].items():
         made[m] = models.new_model(name, info, m)

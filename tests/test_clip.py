@@ -15,7 +15,8 @@ from torchvision.io import write_png
 
 import data
 import evaluate
-from harness import files, models
+from harness import models
+from harness.files import read_json
 from prepare import custom
 from pretrained import checkpoints
 from running import call, error
@@ -58,7 +59,7 @@ def birds(request, tmp_path_factory):
                     " --tokenizer vocab.txt".split())
         call("train_joint.py", "--dataset", "birds", *ENCODERS, "--device", "cpu",
              "--batch-size", 8, "--epochs", 2, "--umft-epochs", 2)
-    info = files.read_json(folder / "data/birds/dataset.json")
+    info = read_json(folder / "data/birds/dataset.json")
     run, = folder.glob("runs/birds/mmlora-*")
     torch.manual_seed(0)      # as if it had learnt something
     learnt = {}
@@ -163,7 +164,7 @@ def test_a_clip_is_not_probed(birds, monkeypatch, capsys):
 
 def test_a_toy_has_no_recordings(birds, tmp_path):
     folder, run, *_ = birds
-    config = files.read_json(run / "config.json")
+    config = read_json(run / "config.json")
     config["data"]["name"] = config["settings"]["dataset"] = "toy"
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "result.json").write_text("{}")

@@ -18,7 +18,8 @@ from torch import nn
 import data
 import evaluate
 from encoders import BUILD, ResNet, UnimodalModel, ViT, build
-from harness import files, metrics, models
+from harness import metrics, models
+from harness.files import read_json
 from harness.linear import logistic_regression, standardise
 from lora import merge_lora
 from paper import settings as paper
@@ -70,7 +71,7 @@ def chain(trained, tmp_path, monkeypatch):
 def opened(run):
     """(settings, models, info, folder of the data) of a run in the chain."""
     where = Path("data") / f"toy-s{run[-1]}"
-    info = files.read_json(where / "dataset.json")
+    info = read_json(where / "dataset.json")
     return *models.load_run(Path(run), info), info, where
 
 
@@ -146,7 +147,7 @@ def test_missing_beside_full_and_dropped(rule, chain):
         assert none == full[f"{name}, fusion {rule}"] != all_lack == full[alone]
         assert f"{name}, 50 % lack audio" in swept
     # what the run says it started from
-    ume = files.read_json(Path(JOINT, "result.json"))["ume"]["test"]
+    ume = read_json(Path(JOINT, "result.json"))["ume"]["test"]
     if rule != "entropy":
         assert full[f"UME, fusion {rule}"] == round(100 * ume[rule]["accuracy"], 1)
 
@@ -236,7 +237,7 @@ def test_standardise():
 
 
 def stored_probe(run):
-    return files.read_json(Path(run, "probe.json"))
+    return read_json(Path(run, "probe.json"))
 
 
 def test_probe_of_a_run(chain):
@@ -286,7 +287,7 @@ def test_probe_of_a_pretrained_encoder(chain, monkeypatch):
     show(*words, "--pretrained", CLIP)
     folder = Path("runs/toy/probe-visual-vit_toy-s0")
     stored = stored_probe(folder)
-    settings = files.read_json(folder / "config.json")["settings"]
+    settings = read_json(folder / "config.json")["settings"]
     assert settings["pretrained"] == str(CLIP) and stored.keys() == {"visual"}
     model = UnimodalModel(checkpoints.load_public(build("vit_toy"), CLIP), 8).eval()
     x = {}
@@ -301,14 +302,14 @@ def test_probe_of_a_pretrained_encoder(chain, monkeypatch):
 
     # Another start is another experiment: what was found before is moved aside, not mixed with it.
     printed = show(*words, "--pretrained", "none")
-    settings = files.read_json(folder / "config.json")["settings"]
+    settings = read_json(folder / "config.json")["settings"]
     aside, = Path("runs/toy/old").iterdir()
     assert settings["pretrained"] == "none" and str(aside) in printed
     assert stored_probe(aside) == stored != stored_probe(folder)
     random = stored_probe(folder)
     monkeypatch.setitem(BUILD, "vit_toy", of_toy)
     show(*words)                                              # the file that this project ships
-    settings = files.read_json(folder / "config.json")["settings"]
+    settings = read_json(folder / "config.json")["settings"]
     assert settings["pretrained"] == "vit_toy" and len(list(Path("runs/toy/old").iterdir())) == 2
     assert stored_probe(folder) != random
     assert "toy has audio, visual" in told(*words[:-1], "text")
@@ -323,7 +324,7 @@ def test_probe_of_a_baseline_takes_its_encoders(chain):
     folder = Path("runs/toy/concat-s0")
     shutil.copytree(JOINT, folder)
     settings = {k: v for k, v in settings.items() if k not in ("lora", "rank", "unimodal")}
-    config = files.read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     config["settings"] = settings | dict(method="concat")
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors | {"joint.linear.weight": torch.zeros(8, 96)}, folder / "model.safetensors")

@@ -185,7 +185,8 @@ def test_ctrl_c_with_nothing_under_way(base, root, monkeypatch, capsys):
 def new_run(out, root, **changed):
     """A run of step 1 on the toy, as its script opens it."""
     args = SimpleNamespace(out=str(out), dataset="toy", device="cpu", again=False)
-    told = dict(dict(method="unimodal", modality="audio", dataset="toy", seed=0, epochs=4), **changed)
+    told = dict(method="unimodal", modality="audio", encoder="audio_vit_toy", dataset="toy", seed=0,
+                epochs=4, precision="fp32", frames=3, audio_shift=4) | changed
     folder = root / "toy-s0"
     info = json.loads((folder / "dataset.json").read_text())
     return runs.Run(args, "some-run", told, folder, info, ROOT / "train_unimodal.py")
