@@ -4,7 +4,8 @@
     python train_joint.py --dataset birds --lora audio
 
 The index has one JSON object a line. Here each takes two lines to fit the
-screen; in the file it must stand on one. Paths are relative to the index file:
+screen; in the file it must stand on one. Paths are relative to the index file
+and stay in its folder (link what lies elsewhere with ln -s):
 
     {"id": "wren-01", "split": "train", "label": "wren",
      "visual": "video/wren-01.mp4", "audio": "video/wren-01.mp4"}
