@@ -21,7 +21,7 @@ import data
 from encoders import BUILD
 from harness import files, fingerprint, report, runs, stored
 from paper import settings as paper
-from prepare import toy
+from prepare import locks, toy
 from pretrained import checkpoints, configs
 
 PREPARED = ("ave", "crema_d", "food101", "kinetics_sound", "mm_imdb", "ucf101")    # by prepare/
@@ -231,7 +231,7 @@ def guard(work, hint: str = "try --device cpu") -> None:
             raise
         sys.exit("error: it does not fit into memory: " + str(error).splitlines()[0])
     finally:
-        files.unlock()
+        locks.unlock()
 
 
 def how_far() -> str:
@@ -324,7 +324,7 @@ def find_toy(folder: Path, name: str, seed: int) -> Path:
     if not why_anew(folder, made_by):
         return folder
     lock, old = folder.with_name(f".{folder.name}.lock"), folder.with_name(f".{folder.name}.0")
-    files.lock(lock, str(folder))
+    locks.lock(lock, str(folder))
     try:
         why = why_anew(folder, made_by)                   # another process may just have made it
         if why:
@@ -336,7 +336,7 @@ def find_toy(folder: Path, name: str, seed: int) -> Path:
     finally:                                              # also what a killed process left behind
         for half in folder.parent.glob(f".{folder.name}.[0-9]*"):
             shutil.rmtree(half, ignore_errors=True)
-        files.unlock(lock)
+        locks.unlock(lock)
     return folder
 
 

@@ -31,6 +31,7 @@ from tqdm import tqdm
 import data
 from harness import files, fingerprint, metrics, stored
 from harness.files import write_json, write_tensors, write_text
+from prepare import locks
 
 SIGNS = ("config.json", "last.safetensors", "result.json")     # of a run in a folder
 current = None     # the run that is being trained: for the line that Ctrl-C ends with
@@ -93,7 +94,7 @@ class Run:
         return datetime.datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
 
     def lock(self) -> None:
-        files.lock(self.lock_file, str(self.folder))
+        locks.lock(self.lock_file, str(self.folder))
 
     @property
     def lock_file(self) -> Path:
@@ -417,7 +418,7 @@ class Run:
         self.save_tensors("logits.safetensors", tensors)
         write_json(self.folder / "result.json", result)
         (self.folder / "last.safetensors").unlink(missing_ok=True)
-        files.unlock(self.lock_file)
+        locks.unlock(self.lock_file)
         self.say_how_it_ended()
         return self
 

@@ -5,11 +5,9 @@ A script of this folder finds its items: which ids, which labels, which files. T
 `write_dataset` decodes them and writes all arrays, or nothing at all.
 """
 import csv
-import fcntl
 import hashlib
 import io
 import json
-import os
 import shutil
 import time
 from collections import Counter
@@ -22,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 import data
-from prepare import media
+from prepare import locks, media
 from prepare.media import Item
 
 
@@ -245,31 +243,22 @@ def new_folder(folder: Path, overwrite: bool):
     """
     partial = folder.with_name(f"{folder.name}.partial")
     old, lock = folder.with_name(f"{partial.name}-old"), folder.with_name(f".{folder.name}.lock")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)     # it ends with the process
-            mine = os.fstat(file.fileno()).st_nlink > 0     # or that process has just ended
-        except BlockingIOError:
-            mine = False
-        if not mine:
-            raise ValueError(f"another process is making {folder}: wait for it, or choose another"
-                             " --name")
-        try:
-            clear(partial, old, folder)
-            if folder.exists() and not overwrite:
-                raise ValueError(f"{folder} is already there; --overwrite makes it again")
-            yield partial
-            if folder.exists():
-                folder.rename(old)     # it stays until the new one is whole
-            partial.rename(folder)
-        except OSError as error:
-            if error.filename is None:     # as a full disk says it
-                raise OSError(f"{folder}: {error.strerror or error}; nothing was written") from None
-            raise
-        finally:     # after an error or Ctrl-C, too: nothing half-written stays
-            clear(partial, old, folder)
-            lock.unlink()
+    locks.lock(lock, str(folder))
+    try:
+        clear(partial, old, folder)
+        if folder.exists() and not overwrite:
+            raise ValueError(f"{folder} is already there; --overwrite makes it again")
+        yield partial
+        if folder.exists():
+            folder.rename(old)     # it stays until the new one is whole
+        partial.rename(folder)
+    except OSError as error:
+        if error.filename is None:     # as a full disk says it
+            raise OSError(f"{folder}: {error.strerror or error}; nothing was written") from None
+        raise
+    finally:     # after an error or Ctrl-C, too: nothing half-written stays
+        clear(partial, old, folder)
+        locks.unlock(lock)
 
 
 def clear(partial: Path, old: Path, folder: Path) -> None:

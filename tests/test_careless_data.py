@@ -1,4 +1,5 @@
 """Careless and hostile data: one line that names the file, and nothing that runs or leaks."""
+import fcntl
 import json
 import os
 import pickle
@@ -495,19 +496,16 @@ def test_a_broken_film_counts_as_one_film(tmp_path):
 
 # ---- two at once, and after a kill ----
 
-def test_the_second_of_two_prepares_says_so(tmp_path, monkeypatch):
-    index, told = write_index(tmp_path, "visual", {}), []
-    real = write.first_row
-
-    def first_row(*rest):     # while the first is at work
-        with pytest.raises(ValueError) as raised:
-            monkeypatch.setattr(write, "first_row", real)
-            prepare(index, "--overwrite")
-        told.append(str(raised.value))
-        return real(*rest)
-    monkeypatch.setattr(write, "first_row", first_row)
+def test_the_second_of_two_prepares_says_so(tmp_path):
+    index = write_index(tmp_path, "visual", {})
     folder = prepare(index)
-    assert told == [f"another process is making {folder}: wait for it, or choose another --name"]
+    with open(folder.with_name(".set.lock"), "w") as other:     # as another process holds it
+        other.write("process 4711")
+        other.flush()
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="set is in use by process 4711: wait until it is done"):
+            prepare(index, "--overwrite")
+    prepare(index, "--overwrite")
     assert [f.name for f in folder.parent.iterdir()] == ["set"] and data.check(folder)
 
 

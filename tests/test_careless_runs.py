@@ -22,7 +22,7 @@ from torch import nn
 
 from harness import arguments, files, runs, stored
 from harness.optim import make_optimizer
-from prepare import toy
+from prepare import locks, toy
 from running import MMLORA, ROOT, SMALL, call, error, log_of
 
 AUDIO = "toy/unimodal-audio-s0"
@@ -32,7 +32,7 @@ STEP_1 = ["train_unimodal.py", "--modality", "audio", "--epochs", 15, "--batch-s
 @pytest.fixture(autouse=True)
 def locks_end_with_the_test():
     yield
-    files.unlock()
+    locks.unlock()
 
 
 @contextlib.contextmanager
@@ -61,7 +61,7 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(base, root
     with pytest.raises(BlockingIOError), open(lock) as other:
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     run.lock()                                                # its own: not in its own way
-    files.unlock()
+    locks.unlock()
     assert not list(tmp_path.rglob("*.lock"))
 
 
@@ -71,38 +71,38 @@ def test_no_lock_stays(base, root, tmp_path):
     with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()):
         arguments.guard(lambda: (new_run(tmp_path, root), exec("raise KeyboardInterrupt")))
     assert not [f for f in [*base.out.rglob("*"), *tmp_path.rglob("*")] if f.name.endswith("lock")]
-    assert not files.HELD
+    assert not locks.HELD
 
 
 def test_a_lock_whose_file_was_just_removed_is_none(tmp_path, monkeypatch):
     """Between our opening of the file and our lock its owner has ended, and removed it."""
-    take, file = files.take, tmp_path / ".x.lock"
+    take, file = locks.take, tmp_path / ".x.lock"
 
     def removed_meanwhile(opened):
-        monkeypatch.setattr(files, "take", take)
+        monkeypatch.setattr(locks, "take", take)
         file.unlink()
         take(opened)
 
-    monkeypatch.setattr(files, "take", removed_meanwhile)
-    files.lock(file, "x")
-    assert os.path.samestat(os.fstat(files.HELD[file][0]), file.stat())
+    monkeypatch.setattr(locks, "take", removed_meanwhile)
+    locks.lock(file, "x")
+    assert os.path.samestat(os.fstat(locks.HELD[file][0]), file.stat())
 
 
 def test_a_drive_without_locks_and_windows(tmp_path, monkeypatch, capsys):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(files.fcntl, "flock", no_locks)
-    files.lock(tmp_path / ".x.lock", "x")
+    monkeypatch.setattr(locks.fcntl, "flock", no_locks)
+    locks.lock(tmp_path / ".x.lock", "x")
     assert "knows no locks" in capsys.readouterr().out
     monkeypatch.undo()
     locked = []
     windows = SimpleNamespace(LK_NBLCK=2, locking=lambda *words: locked.append(words[1:]))
-    monkeypatch.setattr(files, "fcntl", None)
-    monkeypatch.setattr(files, "msvcrt", windows, raising=False)
-    files.lock(tmp_path / ".y.lock", "y")
+    monkeypatch.setattr(locks, "fcntl", None)
+    monkeypatch.setattr(locks, "msvcrt", windows, raising=False)
+    locks.lock(tmp_path / ".y.lock", "y")
     assert locked == [(2, 1)] and (tmp_path / ".y.lock").read_text().startswith("process ")
-    files.unlock()
+    locks.unlock()
 
 
 def test_one_process_makes_a_world_and_sweeps_up_what_a_killed_one_left(tmp_path, monkeypatch):
@@ -205,7 +205,7 @@ def stopped(root, tmp_path):
         if epoch:
             optimizer.step()
         run.end_of_epoch(epoch, logits, models.state_dict())
-    files.unlock()
+    locks.unlock()
     return tmp_path / AUDIO
 
 
