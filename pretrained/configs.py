@@ -149,7 +149,8 @@ def make(family: str, sizes: dict):
 def tokenizer_in(folder: Path, kind: str) -> Tokenizer | None:
     """The tokenizer of a text encoder's folder; None where its files are not there."""
     config = folder / "tokenizer_config.json"
-    if kind == "wordpiece" and config.is_file() and not read_json(config).get("do_lower_case", True):
+    cased = config.is_file() and not read_json(config).get("do_lower_case", True)
+    if kind == "wordpiece" and cased:
         raise ValueError(f"{folder} has a vocabulary with capital letters, and WordPiece here makes"
                          " all letters small: take an uncased BERT")
     paths = [folder / name for name in TOKENIZERS[kind] if (folder / name).is_file()]
