@@ -1,7 +1,7 @@
 """What a folder of the hub says of its weights: sizes, activation, vocabulary.
 
 Beside the weights lies config.json (transformers: BERT, DeBERTa) or open_clip_config.json (ViT).
-Our encoders compute what these ten public architectures compute and nothing else. So every setting
+Our encoders compute these architectures as the public weights need them. So every setting
 that they do not follow is an error that names it.
 """
 import json
