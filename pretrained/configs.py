@@ -1,7 +1,7 @@
 """What a folder of the hub says of its weights: sizes, activation, vocabulary.
 
 Beside the weights lies config.json (transformers: BERT, DeBERTa) or open_clip_config.json (ViT).
-Our encoders compute what these ten public architectures compute and nothing else. So every setting
+Our encoders compute these architectures as the public weights need them. So every setting
 that they do not follow is an error that names it.
 """
 import json
@@ -149,7 +149,8 @@ def make(family: str, sizes: dict):
 def tokenizer_in(folder: Path, kind: str) -> Tokenizer | None:
     """The tokenizer of a text encoder's folder; None where its files are not there."""
     config = folder / "tokenizer_config.json"
-    if kind == "wordpiece" and config.is_file() and not read_json(config).get("do_lower_case", True):
+    cased = config.is_file() and not read_json(config).get("do_lower_case", True)
+    if kind == "wordpiece" and cased:
         raise ValueError(f"{folder} has a vocabulary with capital letters, and WordPiece here makes"
                          " all letters small: take an uncased BERT")
     paths = [folder / name for name in TOKENIZERS[kind] if (folder / name).is_file()]

@@ -115,7 +115,7 @@ FOREIGN = {
     "timm_wrapper": ("SigLIP, ConvNeXt or another model that OpenCLIP takes from timm",
                      r"visual\.trunk\.", A_VIT),
     "clip_resnet": ("a ResNet of CLIP", r"visual\.layer1\.", A_VIT),
-    "clip": ("CLIP as the transformers library stores it", r"vision_model\.|text_model\.", THE_SAME),
+    "clip": ("CLIP as the transformers library stores it", r"(vision|text)_model\.", THE_SAME),
     "clip_vision_model": ("CLIP's ViT as the transformers library stores it",
                           r"embeddings\.class_embedding", THE_SAME),
     "vit": ("a ViT of timm or transformers, not of CLIP",

@@ -1,10 +1,11 @@
 """Public checkpoints as people meet them: other spellings, folders of any size, and downloads.
 
-The spellings are made out of `fixtures/encoders`, whose files and answers are the libraries' own. The
-web server is one of this machine; it can cut, lie, redirect, or send whole files only.
+The spellings are made out of `fixtures/encoders`, whose files and answers are the libraries' own.
+The web server is one of this machine; it can cut, lie, redirect, or send whole files only.
 """
 import argparse
 import contextlib
+import copy
 import hashlib
 import http.server
 import json
@@ -30,8 +31,8 @@ from harness.models import load_run, new_model
 from lora import merge_lora
 from paper import settings
 from pretrained import checkpoints, configs, remote
-from pretrained.checkpoints import (PUBLIC, Public, download, export_public, load_folder, load_public, place,
-                                    public_names, public_state)
+from pretrained.checkpoints import (PUBLIC, Public, download, export_public, load_folder,
+                                    load_public, place, public_names, public_state)
 from pretrained.tokenizer import load_tokenizer
 from running import call, error
 
@@ -71,15 +72,16 @@ def copy_of(model, folder):
 def differs(encoder, model, answers=None):
     """The largest difference to what the library answered."""
     x = load_file(FIXTURES / model / "io.safetensors")
-    args = [x[f"input.{name}"] for name in ("image", "input_ids", "attention_mask", "token_type_ids")
-            if f"input.{name}" in x]
+    names = ("input.image", "input.input_ids", "input.attention_mask", "input.token_type_ids")
+    args = [x[name] for name in names if name in x]
     return float((encoder.eval()(*args) - (answers or x)[MODELS[model][2]]).abs().max())
 
 
 # ---- Spellings ----
 
 def today(name):
-    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+    return name.replace("LayerNorm.beta", "LayerNorm.bias")
 
 
 def encoder_only(state, prefix):
@@ -87,21 +89,31 @@ def encoder_only(state, prefix):
     return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
 
 
+def under(start, state):
+    return {start + name: t for name, t in state.items()}
+
+
+def of_today(state):
+    return {today(name): t for name, t in state.items()}
+
+
 HEADS = {"classifier.weight": torch.zeros(4, 32), "classifier.bias": torch.zeros(4)}
-SPELLINGS = {
+SPELLINGS = {     # -> what is saved; prefix: how the encoder's names start
     "no prefix": lambda state, prefix: encoder_only(state, prefix),
-    "no prefix, of today": lambda state, prefix: {today(n): t for n, t in encoder_only(state, prefix).items()},
-    "under model.": lambda state, prefix: {f"model.{name}": t for name, t in state.items()},
-    "under model., no prefix": lambda state, prefix: {f"model.{n}": t for n, t in encoder_only(state, prefix).items()},
-    "model": lambda state, prefix: {"model": state, "epoch": 3, "args": argparse.Namespace(lr=0.1)},
-    "state_dict, module.": lambda state, prefix: {"state_dict": {f"module.{name}": t for name, t in state.items()}},
-    "classifier": lambda state, prefix: {n: t for n, t in state.items() if n.startswith(prefix)} | HEADS,
+    "no prefix, of today": lambda state, prefix: of_today(encoder_only(state, prefix)),
+    "under model.": lambda state, prefix: under("model.", state),
+    "under model., no prefix": lambda state, prefix: under("model.", encoder_only(state, prefix)),
+    "model": lambda state, prefix: {"model": state, "args": argparse.Namespace(lr=0.1)},
+    "state_dict, module.": lambda state, prefix: {"state_dict": under("module.", state)},
+    "classifier": lambda state, prefix: under(prefix, encoder_only(state, prefix)) | HEADS,
     "half precision": lambda state, prefix: {name: t.half() for name, t in state.items()},
 }
+of_each = pytest.mark.parametrize("model, prefix", [
+    ("bert", "bert."), ("deberta", "deberta."), ("openclip", "visual.")])
 
 
 @pytest.mark.parametrize("spelling", list(SPELLINGS))
-@pytest.mark.parametrize("model, prefix", [("bert", "bert."), ("deberta", "deberta."), ("openclip", "visual.")])
+@of_each
 def test_spellings(model, prefix, spelling, tmp_path):
     if (model, spelling) == ("openclip", "classifier"):
         pytest.skip("OpenCLIP has none")
@@ -114,20 +126,22 @@ def test_spellings(model, prefix, spelling, tmp_path):
     again = torch.load(tmp_path / "again.pth", weights_only=True)
     stored = checkpoints.formats.unwrap(stored)
     assert again.keys() == stored.keys()
-    assert all(torch.equal(again[name], stored[name]) and again[name].dtype == stored[name].dtype for name in stored)
+    for name, t in stored.items():
+        assert again[name].dtype == t.dtype and torch.equal(again[name], t)
 
 
-@pytest.mark.parametrize("model, prefix", [("bert", "bert."), ("deberta", "deberta."), ("openclip", "visual.")])
+@of_each
 @pytest.mark.parametrize("outer", ["", "model."])
 def test_other_spellings_are_strict_as_well(model, prefix, outer, tmp_path):
-    state = {f"{outer}{name}": t for name, t in encoder_only(state_of(model), prefix).items()}
-    victim = next(name for name in state if "2" in name and name.endswith("dense.weight" if model != "openclip"
-                                                                           else "c_fc.weight"))
+    state = under(outer, encoder_only(state_of(model), prefix))
+    layer = "c_fc.weight" if model == "openclip" else "dense.weight"
+    victim = next(name for name in state if ".2." in name and name.endswith(layer))
     extra = victim.replace(".2.", ".3.")     # one block more
     for change, message in [({victim: None}, f"1 missing ({victim})"),
                             ({extra: state[victim]}, f"1 unexpected ({extra})"),
                             ({victim: state[victim][:, 1:]}, f"1 wrong shape ({victim} [")]:
-        torch.save({name: t for name, t in {**state, **change}.items() if t is not None}, tmp_path / "bad.pth")
+        changed = {name: t for name, t in {**state, **change}.items() if t is not None}
+        torch.save(changed, tmp_path / "bad.pth")
         with pytest.raises(ValueError, match=re.escape(message)):
             load_public(MODELS[model][0](), tmp_path / "bad.pth")
 
@@ -145,14 +159,16 @@ def test_a_tied_copy_of_the_words_is_exported_as_the_words_are(tmp_path):
     # A head with weights of its own keeps them.
     torch.save({**before, head: before[head] + 1}, tmp_path / "untied.bin")
     export_public(encoder, tmp_path / "tuned.bin", tmp_path / "untied.bin")
-    assert torch.equal(torch.load(tmp_path / "tuned.bin", weights_only=True)[head], before[head] + 1)
+    tuned = torch.load(tmp_path / "tuned.bin", weights_only=True)
+    assert torch.equal(tuned[head], before[head] + 1)
 
 
 def test_without_a_source_todays_names_are_written():
-    assert not [name for name in public_state(reference("bert")) if name.endswith((".gamma", ".beta"))]
-    assert "bert.embeddings.LayerNorm.weight" in public_state(reference("bert"))
-    theirs = public_state(reference("bert"), FIXTURES / "bert/pytorch_model.bin")
-    assert "bert.embeddings.LayerNorm.gamma" in theirs and "bert.embeddings.LayerNorm.weight" not in theirs
+    gamma, weight = "bert.embeddings.LayerNorm.gamma", "bert.embeddings.LayerNorm.weight"
+    names = public_state(reference("bert"))
+    assert weight in names and not [name for name in names if name.endswith((".gamma", ".beta"))]
+    names = public_state(reference("bert"), FIXTURES / "bert/pytorch_model.bin")
+    assert gamma in names and weight not in names
 
 
 # ---- What we do not take ----
@@ -169,16 +185,16 @@ FOREIGN = {     # names as the libraries store them -> what the line must say
         "electra.embeddings.LayerNorm.weight": "ELECTRA; take a BERT",
     },
     "deberta": {
-        "deberta.encoder.layer.0.attention.self.query_proj.weight": "DeBERTa version 2 or 3; take version 1",
-        "encoder.layer.0.attention.self.query_proj.weight": "DeBERTa version 2 or 3; take version 1",
+        "deberta.encoder.layer.0.attention.self.query_proj.bias": "version 2 or 3; take version 1",
+        "encoder.layer.0.attention.self.query_proj.weight": "version 2 or 3; take version 1",
         "bert.embeddings.LayerNorm.weight": "needs a checkpoint of DeBERTa v1, this one holds BERT",
     },
     "openclip": {
         "visual.trunk.blocks.0.norm1.weight": "SigLIP, ConvNeXt",
         "vision_model.embeddings.patch_embedding.bias": "SigLIP; take an OpenCLIP ViT",
-        "vision_model.embeddings.class_embedding": "CLIP as the transformers library stores it; take the open_clip_",
-        "embeddings.class_embedding": "transformers library stores it; take the open_clip_",
-        "blocks.0.attn.qkv.weight": "a ViT of timm or transformers, not of CLIP; take an OpenCLIP ViT",
+        "vision_model.embeddings.class_embedding": "library stores it; take the open_clip_",
+        "embeddings.class_embedding": "library stores it; take the open_clip_",
+        "blocks.0.attn.qkv.weight": "not of CLIP; take an OpenCLIP ViT",
     },
 }
 
@@ -200,10 +216,12 @@ def test_files_that_are_no_dictionary_of_tensors(tmp_path):
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"x" * 100)
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards/model.safetensors.index.json").write_text("{}")
-    for name, message in [("net.pt", "Net), not only tensors; where it was made, save model.state_dict()"),
-                          ("train.pt", "SGD), not only tensors"), ("jit.pt", "is a TorchScript archive"),
-                          ("model-00001-of-00002.safetensors", "one shard of several: take a repository"),
-                          ("shards", "in several shards: take a repository")]:
+    for name, message in [
+        ("net.pt", "Net), not only tensors; where it was made, save model.state_dict()"),
+        ("train.pt", "SGD), not only tensors"), ("jit.pt", "is a TorchScript archive"),
+        ("model-00001-of-00002.safetensors", "one shard of several: take a repository"),
+        ("shards", "in several shards: take a repository"),
+    ]:
         with pytest.raises(ValueError, match=re.escape(message)) as error:
             load_public(MODELS["bert"][0](), tmp_path / name)
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
@@ -212,7 +230,7 @@ def test_files_that_are_no_dictionary_of_tensors(tmp_path):
 # ---- QuickGELU ----
 
 def test_quick_gelu_equals_open_clip(tmp_path, capsys):
-    """`quick_gelu.safetensors` holds what open_clip answers with the fixture's weights and QuickGELU."""
+    """quick_gelu.safetensors: what open_clip answers with the same weights and QuickGELU."""
     answers = load_file(FIXTURES / "openclip/quick_gelu.safetensors")
     plain, quick = copy_of("openclip", tmp_path / "plain"), copy_of("openclip", tmp_path / "quick")
     config = json.loads((quick / "open_clip_config.json").read_text())
@@ -231,7 +249,7 @@ def test_quick_gelu_equals_open_clip(tmp_path, capsys):
     ("apple/DFN2B-CLIP-ViT-B-16", "open_clip_pytorch_model.bin", True),
     ("apple/DFN2B-CLIP-ViT-L-14-39B", "open_clip_pytorch_model.bin", None),
     ("timm/vit_base_patch16_clip_224.openai", "open_clip_model.safetensors", True),
-    ("models--timm--vit_base_patch16_clip_224.openai/snapshots/0a1b", "open_clip_model.safetensors", True),
+    ("models--apple--DFN2B-CLIP-ViT-B-16/snapshots/0a1b", "open_clip_model.safetensors", True),
     ("timm/vit_base_patch16_clip_224.metaclip_2pt5b", "open_clip_pytorch_model.bin", True),
     ("timm/vit_huge_patch14_clip_224.metaclip_altogether", "open_clip_pytorch_model.bin", None),
     ("weights", "vit_b_32-quickgelu-laion400m_e32-46683a32.pt", True),
@@ -242,11 +260,13 @@ def test_quick_gelu_equals_open_clip(tmp_path, capsys):
 ])
 def test_quick_gelu_by_known_names(folder, file, quick, tmp_path):
     assert configs.wants_quick_gelu(tmp_path / folder / file) is quick
-    (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / folder / "config.json").write_text('{"vision_config": {"hidden_act": "quick_gelu"}}')
-    assert configs.wants_quick_gelu(tmp_path / folder / file) is True     # what is written decides
-    (tmp_path / folder / "open_clip_config.json").write_text('{"model_cfg": {}}')
-    assert configs.wants_quick_gelu(tmp_path / folder / file) is False
+    folder = tmp_path / folder
+    folder.mkdir(parents=True)
+    # What is written there decides.
+    (folder / "config.json").write_text('{"vision_config": {"hidden_act": "quick_gelu"}}')
+    assert configs.wants_quick_gelu(folder / file) is True
+    (folder / "open_clip_config.json").write_text('{"model_cfg": {}}')
+    assert configs.wants_quick_gelu(folder / file) is False
 
 
 def test_an_unknown_activation_is_said_in_one_line(tmp_path, capsys):
@@ -254,9 +274,11 @@ def test_an_unknown_activation_is_said_in_one_line(tmp_path, capsys):
     load_public(ViT(32, 8, 32, 3, 4), tmp_path / "weights.bin")
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and "weights.bin: nothing says" in said and "taking GELU" in said
-    load_public(ViT(32, 8, 32, 3, 4, quick_gelu=True), tmp_path / "weights.bin")     # somebody knows
+    # Somebody knows.
+    load_public(ViT(32, 8, 32, 3, 4, quick_gelu=True), tmp_path / "weights.bin")
     for name in ("vit_b16", "vit_l14"):     # ours, in their place
-        assert configs.wants_quick_gelu(Path(f"checkpoints/{name}/file.bin"), PUBLIC[name].url) is False
+        file = Path(f"checkpoints/{name}/file.bin")
+        assert configs.wants_quick_gelu(file, PUBLIC[name].url) is False
     load_public(build("vit_toy"), download("vit_toy"))
     assert capsys.readouterr().out == ""
 
@@ -275,7 +297,8 @@ def test_a_folder_says_its_own_encoder(model, name, file, tmp_path):
     shutil.copytree(folder, snapshot)
     assert configs.encoder_name(snapshot) == name
     family, sizes = configs.read_config(folder)     # and they go through the config.json of a run
-    assert configs.make(family, json.loads(json.dumps(sizes))).state_dict().keys() == encoder.state_dict().keys()
+    again = configs.make(family, json.loads(json.dumps(sizes)))
+    assert again.state_dict().keys() == encoder.state_dict().keys()
     (folder / MODELS[model][1]).unlink()
     with pytest.raises(FileNotFoundError, match="no weights in .*tiny"):
         load_folder(folder)
@@ -286,10 +309,12 @@ def test_a_folder_says_its_own_encoder(model, name, file, tmp_path):
 
 def test_settings_that_we_do_not_compute_are_refused(tmp_path):
     for model, changes in {
-        "bert": [("hidden_act", "gelu_new"), ("layer_norm_eps", 1e-5), ("type_vocab_size", 1), ("is_decoder", True),
-                 ("position_embedding_type", "relative_key"), ("pad_token_id", 1)],
-        "deberta": [("hidden_act", "relu"), ("layer_norm_eps", 1e-12), ("relative_attention", False),
-                    ("position_biased_input", True), ("pos_att_type", "c2p"), ("type_vocab_size", 2)],
+        "bert": [("hidden_act", "gelu_new"), ("layer_norm_eps", 1e-5), ("type_vocab_size", 1),
+                 ("position_embedding_type", "relative_key"), ("pad_token_id", 1),
+                 ("is_decoder", True)],
+        "deberta": [("hidden_act", "relu"), ("layer_norm_eps", 1e-12),
+                    ("relative_attention", False), ("position_biased_input", True),
+                    ("pos_att_type", "c2p"), ("type_vocab_size", 2)],
     }.items():
         folder = copy_of(model, tmp_path / model)
         config = json.loads((folder / "config.json").read_text())
@@ -297,13 +322,16 @@ def test_settings_that_we_do_not_compute_are_refused(tmp_path):
             (folder / "config.json").write_text(json.dumps({**config, key: value}))
             with pytest.raises(ValueError, match=rf"config\.json: {key} is {value}, our"):
                 load_folder(folder)
-        for family, message in [("roberta", "holds RoBERTa; take a BERT"), ("deberta-v2", "version 2 or 3; take version 1"),
-                                ("llama", "holds llama; take a BERT, a DeBERTa or an OpenCLIP ViT")]:
+        for family, message in [
+            ("roberta", "holds RoBERTa; take a BERT"),
+            ("deberta-v2", "version 2 or 3; take version 1"),
+            ("llama", "holds llama; take a BERT, a DeBERTa or an OpenCLIP ViT"),
+        ]:
             (folder / "config.json").write_text(json.dumps({**config, "model_type": family}))
             with pytest.raises(ValueError, match=message):
                 load_folder(folder)
         (folder / "config.json").write_text(json.dumps({**config, "model_type": "roberta"}))
-        with pytest.raises(ValueError, match="it holds RoBERTa"):     # by its file, too: the names are BERT's
+        with pytest.raises(ValueError, match="it holds RoBERTa"):     # its names are BERT's
             load_public(MODELS[model][0](), folder / "pytorch_model.bin")
         del config["hidden_size"]
         (folder / "config.json").write_text(json.dumps(config))
@@ -320,16 +348,21 @@ def test_settings_of_a_vit(tmp_path):
     config = json.loads(file.read_text())
 
     def write(preprocess=(), **vision):
-        changed = {**config, "model_cfg": {**config["model_cfg"], "vision_cfg": {**config["model_cfg"]["vision_cfg"], **vision}}}
-        changed["preprocess_cfg"] = {**config["preprocess_cfg"], **dict(preprocess)}
+        changed = copy.deepcopy(config)
+        changed["model_cfg"]["vision_cfg"].update(vision)
+        changed["preprocess_cfg"].update(preprocess)
         file.write_text(json.dumps(changed))
-    for key, value in [("timm_model_name", "vit_so400m"), ("layers", [3, 4, 6, 3]), ("pool_type", "avg"),
-                       ("no_ln_pre", True), ("mlp_ratio", 4.3637), ("attentional_pool", True), ("image_size", [32, 48])]:
+    for key, value in [
+        ("timm_model_name", "vit_so400m"), ("layers", [3, 4, 6, 3]), ("pool_type", "avg"),
+        ("no_ln_pre", True), ("mlp_ratio", 4.3637), ("attentional_pool", True),
+        ("image_size", [32, 48]),
+    ]:
         write(**{key: value})
         with pytest.raises(ValueError, match=rf"open_clip_config\.json: {key} (is|are) "):
             load_folder(folder)
     write(mlp_ratio=4.0, image_size=[32, 32], pool_type="tok", timm_pool="avg", patch_dropout=0.5)
-    assert same(load_folder(folder), reference("openclip")) and load_folder(folder).pixels is ViT.pixels
+    assert same(load_folder(folder), reference("openclip"))
+    assert load_folder(folder).pixels is ViT.pixels
     write(preprocess=dict(mean=[0.5] * 3, std=[0.5] * 3))     # LAION-2B's L/14
     assert load_folder(folder).pixels == [[0.5] * 3, [0.5] * 3]
 
@@ -337,8 +370,13 @@ def test_settings_of_a_vit(tmp_path):
 # ---- Download ----
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """server.files: path -> bytes. server.ranges: sends parts. server.cut: each reply ends after so many bytes.
-    server.lie: this is added to Content-Length. server.total: what a part says of the whole length."""
+    """server.files    path -> file
+    server.ranges   whether it sends parts
+    server.cut      every reply ends after so many bytes
+    server.stop     after so many bytes in all it sends nothing more
+    server.lie      this is added to Content-Length
+    server.shift    this is added to where a part begins, as it says
+    """
     protocol_version = "HTTP/1.0"
 
     def do_GET(self):
@@ -364,7 +402,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(last - first + server.lie))
         self.send_header("ETag", server.etag)
         self.end_headers()
-        with open(server.files[path], "rb") as file, contextlib.suppress(OSError):     # the client hangs up
+        # OSError: the client has hung up.
+        with open(server.files[path], "rb") as file, contextlib.suppress(OSError):
             file.seek(first)
             left = min(last - first, server.cut)
             while left > 0 and server.sent < server.stop:
@@ -396,7 +435,10 @@ TOWER = (AudioViT, dict(width=64, depth=4, heads=4, mel=(32, 64)))
 
 @pytest.fixture(scope="module")
 def imagebind(tmp_path_factory):
-    """A file of ImageBind's layout, 50 times larger than its audio tower: other modalities before and behind."""
+    """A file of ImageBind's layout, 50 times larger than its audio tower.
+
+    Other modalities lie before and behind.
+    """
     torch.manual_seed(0)
     encoder = TOWER[0](**TOWER[1])
     state, tower = {}, public_state(encoder)
@@ -421,7 +463,8 @@ def of_imagebind(server, imagebind, monkeypatch, tmp_path):
 
     def get(file="imagebind_huge.pth", tower=0.001, path=""):
         server.files[f"/{file}"] = folder / file
-        monkeypatch.setitem(PUBLIC, "audio_vit_b", Public(f"{server.address}{path}/{file}", 0.1, "X", None, tower))
+        public = Public(f"{server.address}{path}/{file}", 0.1, "X", None, tower)
+        monkeypatch.setitem(PUBLIC, "audio_vit_b", public)
         return download("audio_vit_b", tmp_path / "checkpoints")
     return get
 
@@ -432,10 +475,12 @@ def tensors_of(path):
 
 
 @pytest.mark.parametrize("file", ["imagebind_huge.pth", "model.safetensors"])
-def test_only_the_tower_is_fetched(file, of_imagebind, imagebind, server, tmp_path, monkeypatch):
+def test_only_the_tower_is_fetched(file, of_imagebind, imagebind, server, tmp_path,
+                                   monkeypatch):
     folder, size = imagebind
     path = of_imagebind(file)
-    assert path == place("audio_vit_b", tmp_path / "checkpoints") and path.name == f"{Path(file).stem}.tower.safetensors"
+    assert path == place("audio_vit_b", tmp_path / "checkpoints")
+    assert path.name == f"{Path(file).stem}.tower.safetensors"
     assert os.path.getsize(folder / file) > 50 * size and server.sent <= 1.05 * size + 10**6
     encoder, whole = (load_public(build("audio_vit_b"), f) for f in (path, folder / file))
     assert same(encoder, whole) and set(tensors_of(path)) == set(public_names(encoder))
@@ -450,11 +495,14 @@ def test_only_the_tower_is_fetched(file, of_imagebind, imagebind, server, tmp_pa
     export_public(encoder, tmp_path / "small.safetensors", path)
     assert tensors_of(tmp_path / "small.safetensors").keys() == tensors_of(path).keys()
     export_public(encoder, tmp_path / "large.safetensors", folder / file)
-    large, before = tensors_of(tmp_path / "large.safetensors"), tensors_of(folder / "model.safetensors")
-    assert large.keys() == before.keys() and all(torch.equal(large[name], before[name]) for name in large)
+    large = tensors_of(tmp_path / "large.safetensors")
+    before = tensors_of(folder / "model.safetensors")
+    assert large.keys() == before.keys()
+    assert all(torch.equal(large[name], before[name]) for name in large)
 
 
-def test_a_cut_download_of_the_tower_goes_on_where_it_stopped(of_imagebind, imagebind, server, tmp_path):
+def test_a_cut_download_of_the_tower_goes_on_where_it_stopped(of_imagebind, imagebind, server,
+                                                              tmp_path):
     folder, size = imagebind
     server.stop = 400_000 + size // 2     # then it sends nothing any more
     with pytest.raises(ConnectionError, match="bytes are missing.*run this again: it goes on"):
@@ -478,18 +526,21 @@ def test_connections_that_are_cut_again_and_again(of_imagebind, imagebind, serve
 
 
 @pytest.mark.parametrize("what", ["no parts", "old format", "another file"])
-def test_where_only_the_whole_file_can_be_had(what, of_imagebind, imagebind, server, tmp_path, capsys):
+def test_where_only_the_whole_file_can_be_had(what, of_imagebind, imagebind, server, tmp_path,
+                                              capsys):
     file = "imagebind_huge.pth"
     if what == "no parts":
         server.ranges = False
     else:
-        small = {name: t for name, t in tensors_of(imagebind[0] / "model.safetensors").items() if "audio" in name}
+        state = tensors_of(imagebind[0] / "model.safetensors")
+        small = {name: t for name, t in state.items() if "audio" in name}
         file, old = "old.pth", what == "old format"
         torch.save(small, imagebind[0] / file, _use_new_zipfile_serialization=False)
         if not old:
             (imagebind[0] / file).write_bytes(b"PK\x05\x06" + b"\0" * 1000)
     path = of_imagebind(file)
-    assert path == tmp_path / "checkpoints" / "audio_vit_b" / file and path.read_bytes() == (imagebind[0] / file).read_bytes()
+    assert path == tmp_path / "checkpoints" / "audio_vit_b" / file
+    assert path.read_bytes() == (imagebind[0] / file).read_bytes()
     assert "fetching the whole file, 0.1 GB" in capsys.readouterr().out
     assert of_imagebind(file) == path == place("audio_vit_b", tmp_path / "checkpoints")
     assert [p.name for p in path.parent.iterdir()] == [file]
@@ -512,7 +563,8 @@ def whole(server, monkeypatch, tmp_path):
     server.hash = hashlib.sha256((tmp_path / "content").read_bytes()).hexdigest()
 
     def get(sha256=None, path=""):
-        monkeypatch.setitem(PUBLIC, "resnet18", Public(f"{server.address}{path}/weights.pth", 0.1, "X", sha256))
+        public = Public(f"{server.address}{path}/weights.pth", 0.1, "X", sha256)
+        monkeypatch.setitem(PUBLIC, "resnet18", public)
         return download("resnet18", tmp_path)
     return get
 
@@ -559,6 +611,10 @@ def test_servers_that_lie(whole, server, tmp_path):
     server.lie = -5000     # it promises less: only a hash tells
     with pytest.raises(ConnectionError, match="invalid hash"):
         whole(server.hash)
+    server.ranges, server.lie = True, 5000     # a part tells the whole length besides
+    path = whole(server.hash)
+    assert path.read_bytes() == (tmp_path / "content").read_bytes()
+    path.unlink()
     assert not list(tmp_path.glob("resnet18/*"))
     server.files.clear()
     with pytest.raises(ConnectionError, match="404"):
@@ -590,9 +646,10 @@ def small_bert(folder, seed=0):
     torch.manual_seed(seed)
     sizes = dict(vocab_size=328, width=24, depth=2, heads=3, mlp_width=40, max_length=16)
     export_public(BERT(**sizes), folder / "model.safetensors")
-    keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-            "max_position_embeddings")
-    (folder / "config.json").write_text(json.dumps({"model_type": "bert", **dict(zip(keys, sizes.values()))}))
+    keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+            "intermediate_size", "max_position_embeddings")
+    config = {"model_type": "bert", **dict(zip(keys, sizes.values()))}
+    (folder / "config.json").write_text(json.dumps(config))
     shutil.copy(VOCABULARY, folder)
     return folder
 
@@ -606,21 +663,26 @@ def menu(tmp_path_factory):
     for split, n in counts.items():
         where = root / "data" / "menu" / split
         where.mkdir(parents=True)
-        np.save(where / "visual.npy", np.random.default_rng(n).integers(0, 255, (n, 1, 3, 36, 36), np.uint8))
+        pictures = np.random.default_rng(n).integers(0, 255, (n, 1, 3, 36, 36), np.uint8)
+        np.save(where / "visual.npy", pictures)
         texts = [tokenizer.encode(("cooked", "cream")[i % 2], 6) for i in range(n)]
-        np.save(where / "text.npy", np.array([ids + [0] * (6 - len(ids)) for ids in texts], np.int32))
+        padded = [ids + [0] * (6 - len(ids)) for ids in texts]
+        np.save(where / "text.npy", np.array(padded, np.int32))
         np.save(where / "labels.npy", np.arange(n, dtype=np.int64) % 2)
         (where / "ids.txt").write_text("".join(f"{split}{i}\n" for i in range(n)))
-    told = dict(kind="wordpiece", fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size)
-    info = dict(name="menu", classes=["cooked", "cream"], multilabel=False, counts=counts, tokenizer=told,
-                modalities={"visual": "image", "text": "text"}, shapes={"visual": [1, 3, 36, 36], "text": [6]})
+    told = dict(kind="wordpiece", fingerprint=tokenizer.fingerprint,
+                vocab_size=tokenizer.vocab_size)
+    info = dict(name="menu", classes=["cooked", "cream"], multilabel=False, counts=counts,
+                tokenizer=told, modalities={"visual": "image", "text": "text"},
+                shapes={"visual": [1, 3, 36, 36], "text": [6]})
     (root / "data/menu/dataset.json").write_text(json.dumps(info))
     small_bert(root / "small")
     (root / "openai").mkdir()
     torch.manual_seed(1)
     export_public(build("vit_mini"), root / "openai" / "vit.bin")
     start = ["--pretrained", f"text={root / 'small'}", f"visual={root / 'openai' / 'vit.bin'}"]
-    call("train_joint.py", *START, *start, "--umft-epochs", 1, out=root / "runs", root=root / "data")
+    words = [*START, *start, "--umft-epochs", 1]
+    call("train_joint.py", *words, out=root / "runs", root=root / "data")
     return root
 
 
@@ -628,8 +690,10 @@ RUN = "menu/mmlora-all-r1-visual-vit_mini-text-bert-small-s0"
 
 
 def test_a_folder_from_the_command_line_to_a_finished_run(menu, tmp_path):
-    sizes = dict(vocab_size=328, width=24, depth=2, heads=3, mlp_width=40, max_length=16, dropout=0.1)
-    step_1 = json.loads((menu / "runs/menu/unimodal-text-bert-small-s0/config.json").read_text())["settings"]
+    sizes = dict(vocab_size=328, width=24, depth=2, heads=3, mlp_width=40, max_length=16,
+                 dropout=0.1)
+    config = menu / "runs/menu/unimodal-text-bert-small-s0/config.json"
+    step_1 = json.loads(config.read_text())["settings"]
     assert step_1["encoder"] == "bert-small" and step_1["pretrained"] == str(menu / "small")
     assert step_1["sizes"] == sizes and re.fullmatch("[0-9a-f]{12}", step_1["pretrained_sha256"])
     assert step_1["lr"] == 5e-5     # that of BERT
@@ -643,8 +707,10 @@ def test_a_folder_from_the_command_line_to_a_finished_run(menu, tmp_path):
         (menu / "away").rename(menu / "small")
     assert models["text"].encoder.words.weight.shape == (328, 24)
     assert all(block.activation is quick_gelu for block in models["visual"].encoder.blocks)
-    said = call("evaluate.py", "--run", menu / "runs" / RUN, "--export", tmp_path / "out", root=menu / "data")
-    assert f"all else as in {menu / 'small' / 'model.safetensors'}" in said and "force_quick_gelu=True" in said
+    words = ["--run", menu / "runs" / RUN, "--export", tmp_path / "out"]
+    said = call("evaluate.py", *words, root=menu / "data")
+    assert f"all else as in {menu / 'small' / 'model.safetensors'}" in said
+    assert "force_quick_gelu=True" in said
     shutil.copy(menu / "small" / "config.json", tmp_path / "out" / "text")
     exported = load_folder(tmp_path / "out" / "text")
     assert same(exported, merge_lora(models["text"]).encoder)
@@ -656,7 +722,8 @@ def test_another_file_under_the_same_path_is_noticed(menu):
     assert "nothing to do" in call(*words, **where)
     try:
         small_bert(menu / "small", seed=5)
-        assert re.search(r"is a run with pretrained_sha256 \w{12} \(now \w{12}\); use another", error(*words, **where))
+        said = error(*words, **where)
+        assert re.search(r"is a run with pretrained_sha256 \w{12} \(now \w{12}\); use", said)
         joint = ["train_joint.py", *START, "--umft-epochs", 1, "--pretrained"]
         visual = f"visual={menu / 'openai' / 'vit.bin'}"
         assert "pretrained_sha256" in error(*joint, f"text={menu / 'small'}", visual, **where)
@@ -667,25 +734,27 @@ def test_another_file_under_the_same_path_is_noticed(menu):
 
 
 @pytest.mark.parametrize("what, words, message", [
-    ("vocabulary", [], "has a vocabulary of its own, but menu was prepared with another one, of 325 tokens"),
-    ("no vocabulary", [], "knows 328 tokens, but menu was prepared with another one, of 325 tokens"),
+    ("vocabulary", [], "has a vocabulary of its own, but menu was prepared with another one"),
+    ("no vocabulary", [], "knows 328 tokens, but menu was prepared with another one, of 325"),
     ("cased", [], "has a vocabulary with capital letters"),
-    ("encoder", ["--encoder", "text=bert_base"], "is a folder and says its own encoder: leave --encoder text=... out"),
+    ("encoder", ["--encoder", "text=bert_base"], "its own encoder: leave --encoder text=... out"),
     ("no config", [], "no config.json or open_clip_config.json in"),
     ("no such file", ["--pretrained", "text=nowhere.bin"], "no checkpoint at nowhere.bin")])
 def test_folders_that_do_not_fit_are_refused(what, words, message, menu, tmp_path):
     folder = shutil.copytree(menu / "small", tmp_path / "small")
     if what == "vocabulary":
         lines = VOCABULARY.read_text().splitlines()
-        (folder / "vocab.txt").write_text("\n".join([*lines[:-2], lines[-1], lines[-2]]))     # the same words
+        lines[-2:] = [lines[-1], lines[-2]]     # the same words
+        (folder / "vocab.txt").write_text("\n".join(lines))
     if what == "no vocabulary":
         (folder / "vocab.txt").unlink()
     if what == "cased":
         (folder / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     if what == "no config":
         (folder / "config.json").unlink()
-    start = ["--dataset", "menu", "--epochs", 1, "--pretrained", f"text={folder}"]
-    assert message in error("train_unimodal.py", "--modality", "text", *start, *words, out=tmp_path / "runs", root=menu / "data")
+    start = ["--modality", "text", "--dataset", "menu", "--pretrained", f"text={folder}"]
+    said = error("train_unimodal.py", *start, *words, out=tmp_path / "runs", root=menu / "data")
+    assert message in said
     assert not (tmp_path / "runs").exists()
 
 
@@ -696,15 +765,17 @@ def test_baselines_know_the_family_of_a_folder():
         with pytest.raises(ValueError, match=f"text={name}"):
             parts.only_transformers({"text": name})
     info = dict(name="menu", modalities={"visual": "image"}, shapes={"visual": [1]}, classes=["a"])
-    with pytest.raises(ValueError, match="encoder bert-small reads text, but visual of menu is image"):
+    with pytest.raises(ValueError, match="bert-small reads text, but visual of menu is image"):
         new_model("bert-small", info, "visual", {})
     for kind in ("wordpiece", "byte_bpe"):
-        text = dict(modalities={"text": "text"}, shapes={"text": [6]}, tokenizer=dict(kind=kind, vocab_size=9))
+        text = dict(modalities={"text": "text"}, shapes={"text": [6]},
+                    tokenizer=dict(kind=kind, vocab_size=9))
         with pytest.raises(ValueError, match="no encoder is called 'bird'"):
             new_model("bird", info | text, "text")
 
 
 def test_learning_rates_of_folders_are_those_of_their_family():
     for name, known in [("bert-all-MiniLM-L6-v2", "bert_base"), ("deberta-base", "deberta_base"),
-                        ("vit-ViT-S-32", "vit_b16"), ("bert-my_small", "bert_base"), ("bert_minilm", "bert_base")]:
+                        ("vit-ViT-S-32", "vit_b16"), ("bert-my_small", "bert_base"),
+                        ("bert_minilm", "bert_base")]:
         assert settings.encoder_kind(name) == settings.encoder_kind(known)

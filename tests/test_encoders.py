@@ -526,8 +526,8 @@ def server():
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             if body:
+                self.server.served += 1     # before the client has all, or it asks too early
                 self.wfile.write(content if self.path == "/whole.pth" else content[:3500])
-                self.server.served += 1
 
         def do_HEAD(self):
             self.do_GET(body=False)
