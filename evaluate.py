@@ -118,9 +118,9 @@ def open_data_of(args, folder: Path) -> tuple:
     """
     stored.check_finished(folder)
     say_changes(folder)
-    settings = files.read_json(folder / "config.json")["settings"]
+    settings = stored.read_config(folder)["settings"]
     where = arguments.find(args.data_root, settings["dataset"], settings["seed"])
-    info = files.read_json(where / "dataset.json")
+    info = data.check(where)
     calibration.only_one_label(info)
     return where, info, settings
 
@@ -131,7 +131,7 @@ def show_calibration(args) -> None:
     for folder in args.run:
         rows = calibration_rows(args, folder)
         print_calibration(str(folder), [rows])
-        settings = files.read_json(folder / "config.json")["settings"]
+        settings = stored.read_config(folder)["settings"]
         same.setdefault(stored.but_seed(settings), []).append((folder.name, rows))
     for group in same.values():
         if len(group) > 1:
@@ -201,25 +201,25 @@ def with_seed(folder: Path, seed: int | None) -> Path:
 
 def check_same_samples(a: Path, b: Path) -> None:
     """ValueError for runs on other data or, of a toy, of other seeds: no pairs of samples."""
-    first, second = (files.read_json(folder / "config.json") for folder in (a, b))
+    first, second = (stored.read_config(folder) for folder in (a, b))
     if first["fingerprint"]["data"] != second["fingerprint"]["data"]:
         raise ValueError(f"{a} and {b} were made on different data: their samples are not pairs")
 
 
 def right_of(folder: Path, which: str, y: torch.Tensor) -> torch.Tensor:
     """Which test samples the "run", or the "UME" that it started from, gets right: bool (N,)."""
-    stored = calibration.stored(folder, "test")
-    if which not in stored:
+    logits = calibration.stored(folder, "test")
+    if which not in logits:
         raise ValueError(f"{folder} did not start from a UME: it has no step 1")
-    return metrics.fuse(stored[which]).argmax(1) == y
+    return metrics.fuse(logits[which]).argmax(1) == y
 
 
 def experts_of(folders, y: torch.Tensor) -> list[torch.Tensor]:
     """Which test samples each model of step 1 gets right, alone; [] if no run had a step 1."""
     for folder in folders:
-        stored = calibration.stored(folder, "test")
-        if "UME" in stored:
-            return [z.argmax(1) == y for z in stored["UME"].values()]
+        logits = calibration.stored(folder, "test")
+        if "UME" in logits:
+            return [z.argmax(1) == y for z in logits["UME"].values()]
     return []
 
 
