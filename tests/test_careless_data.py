@@ -551,4 +551,4 @@ def test_a_full_disk_or_memory_is_one_line(tmp_path, monkeypatch, error, told):
     with pytest.raises(SystemExit) as end:
         options.run(lambda: prepare(index))
     assert told in end.value.code and "\n" not in end.value.code
-    assert not list((tmp_path / "data").iterdir())
+    assert not list((tmp_path / "data").rglob("*"))

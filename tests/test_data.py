@@ -64,7 +64,7 @@ def test_find_says_how_to_get_the_data(tmp_path):
     told = message("birds")
     assert f"python -m prepare.custom INDEX.jsonl --name birds --data-root {tmp_path}" in told
     for name in PREPARED:
-        assert message(name).endswith(importlib.import_module(f"prepare.{name}").HELP)
+        assert importlib.import_module(f"prepare.{name}").HELP in message(name)
     (tmp_path / "birds").mkdir()
     message("birds")     # an empty folder is no data set
     (tmp_path / "birds" / "dataset.json").write_text("{}")
@@ -380,7 +380,7 @@ def test_a_toy_of_other_code_is_made_anew(leftover, tmp_path, capsys):
         (folder / "dataset.json").write_text(json.dumps(info))
         np.save(folder / "test" / "labels.npy", np.zeros(1))
         if leftover:
-            shutil.copytree(folder, folder.with_name(".toy-s0.old"))
+            shutil.copytree(folder, folder.with_name(".toy-s0.0"))
         capsys.readouterr()
         assert small_toys(tmp_path) == [folder] and contents(folder) == before
         assert f"making {folder} anew" in capsys.readouterr().out
