@@ -330,6 +330,7 @@ def find_toy(folder: Path, name: str, seed: int) -> Path:
         if why:
             print(why, flush=True)
             if folder.exists():                           # toy.make never overwrites
+                shutil.rmtree(old, ignore_errors=True)    # of a process that was killed just here
                 os.replace(folder, old)
             with files.naming(folder):
                 toy.make(folder, name, seed, made_by)
