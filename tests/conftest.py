@@ -5,9 +5,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")     # models this small are slower
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.fsync = lambda descriptor: None     # it takes 10 ms, and protects from power cuts only
 
-import json      # noqa: E402  all of these after the two lines above
+import itertools     # noqa: E402  all of these after the three lines above
+import json
 import shutil
 import subprocess
+import tempfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +19,58 @@ from harness import arguments
 from prepare import toy
 from running import MMLORA, SMALL, call, result
 
+
+# ---- Two processes, so that the suite takes half the time ----
+
+def pytest_runtestloop(session):
+    """Two processes take the test files in turn. The first one reports for both, at the end."""
+    files = [list(items) for _, items in itertools.groupby(session.items, lambda item: item.path)]
+    option = session.config.option
+    alone = option.collectonly or option.usepdb or option.maxfail or len(session.items) < 200
+    if alone or session.testsfailed or not hasattr(os, "fork"):
+        return None                                   # pytest's own loop
+    numbers, write = os.pipe()                        # of the files that nobody has taken yet
+    os.write(write, bytes(range(len(files))))
+    os.close(write)
+    with tempfile.TemporaryFile("w+") as reports:
+        second = os.fork()
+        if second == 0:
+            code = 1
+            try:
+                run_files(session, files, numbers, reports)
+                code = 0
+            finally:
+                os._exit(code)
+        run_files(session, files, numbers)
+        died = os.waitpid(second, 0)[1]
+        reports.seek(0)
+        for line in reports:
+            hook = session.config.hook
+            report = hook.pytest_report_from_serializable(config=session.config, data=json.loads(line))
+            hook.pytest_runtest_logreport(report=report)
+    assert not died, "the second process of the tests has died"
+    return True
+
+
+def run_files(session, files, numbers, reports=None):
+    """Run one file after the other. With `reports` write the results there, and nothing on the screen."""
+    if reports:
+        class Writer:
+            def pytest_runtest_logreport(self, report):
+                data = session.config.hook.pytest_report_to_serializable(config=session.config, report=report)
+                reports.write(json.dumps(data) + "\n")
+                reports.flush()
+        session.config.pluginmanager.unregister(name="terminalreporter")
+        session.config.pluginmanager.register(Writer())
+    taken = os.read(numbers, 1)
+    while taken:
+        items, taken = files[taken[0]], os.read(numbers, 1)
+        after = files[taken[0]][0] if taken else None     # so that fixtures of the session stay
+        for item, following in zip(items, [*items[1:], after]):
+            session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+
+
+# ---- Fixtures ----
 
 @pytest.fixture(autouse=True)
 def no_traceback(monkeypatch):
