@@ -62,6 +62,13 @@ def read(path):
     return list(state), state.__getitem__
 
 
+def check_numbers(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """Raises ValueError for weights that are whole numbers, NaN or infinite."""
+    if not tensor.is_floating_point() or not tensor.isfinite().all():
+        raise ValueError(f"{path} is damaged: {name} holds NaN, infinity or whole numbers"
+                         f" ({tensor.dtype})")
+
+
 def refuse(path: Path, is_zip: bool) -> None:
     """Raises ValueError for a file that is no checkpoint, or not a whole one."""
     with path.open("rb") as file:
