@@ -309,6 +309,7 @@ FORMATS = {     # kind -> types and axes of its arrays
     "flow": ("uint8", "(N, S, 2L, S, S)"), "text": ("int32 or int64", "(N, L)"),
     "audio": ("float16 or float32", "(N, clips, bins, frames)"),
 }
+MOST_IDS = 2 ** 24                                    # far more than any vocabulary has
 CHECKED = {}                                          # folder -> its files when all was right
 
 
@@ -394,13 +395,14 @@ def check_info(file: Path, info) -> None:
         need(kind != "text" or info.get("tokenizer"), file,
              f"'tokenizer' must say kind and vocab_size of the token ids in {m}")
         shape = info["shapes"].get(m)
-        need(isinstance(shape, list) and all(isinstance(n, int) for n in shape), file,
+        need(isinstance(shape, list) and all(type(n) is int for n in shape), file,
              f"'shapes' must have a list of numbers for {m}")
     own = [info["tokenizer"]] if info.get("tokenizer") else []
     for known in own + (info.get("other_tokenizers") or []):
-        right = isinstance(known, dict) and isinstance(known.get("vocab_size"), int)
+        size = known.get("vocab_size") if isinstance(known, dict) else None
+        right = type(size) is int and 1 <= size <= MOST_IDS
         need(right and re.fullmatch(r"\w+", str(known.get("kind", ""))), file,
-             "a tokenizer must say kind (a name) and vocab_size (a number)")
+             f"a tokenizer must say kind (a name) and vocab_size (a number, {MOST_IDS} at most)")
     for name, members in (info.get("groups") or {}).items():
         need(isinstance(members, list) and all(c in range(len(classes)) for c in members)
              and not info["multilabel"], file,
