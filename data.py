@@ -324,6 +324,7 @@ def check(folder: Path) -> dict:
     file = folder / "dataset.json"
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
+        json.dumps(info, ensure_ascii=False).encode()     # half a character cannot be printed
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON ({error}); prepare the data set again") from None
     check_info(file, info)
@@ -447,7 +448,7 @@ def check_labels(folder: Path, info: dict) -> np.ndarray:
         ids = (folder / "ids.txt").read_text(encoding="utf-8").splitlines()
     except ValueError as error:
         need(False, folder / "ids.txt", f"no UTF-8 text ({error})")
-    need(len(ids) == n, folder / "ids.txt", f"{len(ids)} ids, but {n} labels")
+    need(len(ids) == n, folder / "ids.txt", f"{len(ids)} ids, but {n} labels in labels.npy")
     told = (info.get("counts") or {}).get(folder.name, n)
     need(told == n, folder.parent / "dataset.json",
          f"'counts' says {told!r:.40} {folder.name} samples, but there are {n} labels")

@@ -118,7 +118,7 @@ def open_data_of(args, folder: Path) -> tuple:
     """
     stored.check_finished(folder)
     say_changes(folder)
-    settings = files.read_json(folder / "config.json")["settings"]
+    settings = stored.read_config(folder)["settings"]
     where = arguments.find(args.data_root, settings["dataset"], settings["seed"])
     info = files.read_json(where / "dataset.json")
     calibration.only_one_label(info)
@@ -131,7 +131,7 @@ def show_calibration(args) -> None:
     for folder in args.run:
         rows = calibration_rows(args, folder)
         print_calibration(str(folder), [rows])
-        settings = files.read_json(folder / "config.json")["settings"]
+        settings = stored.read_config(folder)["settings"]
         same.setdefault(stored.but_seed(settings), []).append((folder.name, rows))
     for group in same.values():
         if len(group) > 1:
@@ -201,8 +201,8 @@ def with_seed(folder: Path, seed: int | None) -> Path:
 
 def check_same_samples(a: Path, b: Path) -> None:
     """ValueError for runs on other data or, of a toy, of other seeds: no pairs of samples."""
-    first, second = (files.read_json(folder / "config.json") for folder in (a, b))
-    if first["fingerprint"]["data"] != second["fingerprint"]["data"]:
+    first, second = (stored.read_config(folder).get("fingerprint") or {} for folder in (a, b))
+    if first.get("data") != second.get("data"):
         raise ValueError(f"{a} and {b} were made on different data: their samples are not pairs")
 
 

@@ -117,7 +117,7 @@ def read_result(folder: Path, settings: dict) -> dict:
     result = read_json(file)
     for key in NAMED_IN_RESULT:
         if key in result and result[key] != settings.get(key):
-            raise ValueError(f"{file} is the result of another run: {key} {result[key]}")
+            raise ValueError(f"{file} is the result of another run: {key} {result[key]!r:.60}")
     try:
         for key in ("best_epoch", "trained_parameters", "seconds"):
             check_number(result[key])

@@ -63,7 +63,8 @@ def read_config(folder: Path) -> tuple[str, dict]:
     # Google's first BERTs do not say that they are.
     family = str(config.get("model_type", "bert"))
     if family not in ONLY:
-        other = foreign_beside(folder) or f"{family}; take a BERT, a DeBERTa or an OpenCLIP ViT"
+        other = (foreign_beside(folder)
+                 or f"{family!r:.60}; take a BERT, a DeBERTa or an OpenCLIP ViT")
         raise ValueError(f"{folder} holds {other}")
     return family, checked(file, sizes_of_text(file, family, config))
 
@@ -113,14 +114,14 @@ def an_object(value, file: Path) -> dict:
 def sizes_of_text(file: Path, family: str, config: dict) -> dict:
     for key, (ours, default) in ONLY[family].items():
         if config.get(key, default) != ours:
-            raise ValueError(f"{file}: {key} is {config.get(key, default)}, our"
+            raise ValueError(f"{file}: {key} is {config.get(key, default)!r:.60}, our"
                              f" {FAMILIES[family].__name__} has {ours}")
     length = needed(config, "max_position_embeddings", file)
     if family == "deberta":
         terms = config.get("pos_att_type")
         names = terms.split("|") if isinstance(terms, str) else terms
         if names not in (["c2p", "p2c"], ["p2c", "c2p"]):
-            raise ValueError(f"{file}: pos_att_type is {terms}, our DeBERTa has c2p|p2c")
+            raise ValueError(f"{file}: pos_att_type is {terms!r:.60}, our DeBERTa has c2p|p2c")
         if config.get("max_relative_positions", -1) != -1:
             length = config["max_relative_positions"]
     return dict(vocab_size=needed(config, "vocab_size", file),
@@ -136,19 +137,19 @@ def sizes_of_vit(file: Path, config: dict) -> dict:
     vision = an_object(needed(model, "vision_cfg", file), file)
     for key, value in vision.items():
         if key not in FREE and value and value != DEFAULTS.get(key):
-            raise ValueError(f"{file}: {key} is {value}, which our ViT does not have; take"
+            raise ValueError(f"{file}: {key} is {value!r:.60}, which our ViT does not have; take"
                              f" {FOREIGN['vit'][2]}")
     layers, ratio = needed(vision, "layers", file), vision.get("mlp_ratio", 4)
     if not isinstance(layers, int):
-        raise ValueError(f"{file}: layers are {layers}, so this is a ResNet of CLIP and no ViT")
+        raise ValueError(f"{file}: layers are {layers!r:.60}, so this is a ResNet of CLIP and no ViT")
     if isinstance(ratio, float) and ratio.is_integer():
         ratio = int(ratio)
     if not isinstance(ratio, int):
-        raise ValueError(f"{file}: mlp_ratio is {ratio}, our ViT takes whole numbers")
+        raise ValueError(f"{file}: mlp_ratio is {ratio!r:.60}, our ViT takes whole numbers")
     size = needed(vision, "image_size", file)
     if isinstance(size, list):
         if len(size) != 2 or size[0] != size[1]:
-            raise ValueError(f"{file}: image_size is {size}, our ViT takes squares")
+            raise ValueError(f"{file}: image_size is {size!r:.60}, our ViT takes squares")
         size = size[0]
     width, of_head = needed(vision, "width", file), vision.get("head_width", 64)
     checked(file, dict(width=width, heads=of_head))

@@ -80,7 +80,11 @@ def refuse(path: Path, is_zip: bool) -> None:
         raise ValueError(f"{path} is a web page, not a checkpoint: check the address it came from")
     if re.search(r"-\d+-of-\d+\.\w+$", path.name):
         raise ValueError(f"{path} is one shard of several: {ONE_FILE}")
-    if is_zip and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+    try:
+        inside = zipfile.ZipFile(path).namelist() if is_zip else []
+    except Exception:              # a damaged list of contents, which torch.load will not read
+        inside = []
+    if any(name.endswith("/constants.pkl") for name in inside):
         raise ValueError(f"{path} {TORCHSCRIPT}")
 
 
