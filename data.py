@@ -309,6 +309,7 @@ FORMATS = {     # kind -> types and axes of its arrays
     "flow": ("uint8", "(N, S, 2L, S, S)"), "text": ("int32 or int64", "(N, L)"),
     "audio": ("float16 or float32", "(N, clips, bins, frames)"),
 }
+MOST_IDS = 2 ** 24                                    # far more than any vocabulary has
 CHECKED = {}                                          # folder -> its files when all was right
 
 
@@ -323,6 +324,7 @@ def check(folder: Path) -> dict:
     file = folder / "dataset.json"
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
+        json.dumps(info, ensure_ascii=False).encode()     # half a character cannot be printed
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON ({error}); prepare the data set again") from None
     check_info(file, info)
@@ -394,13 +396,14 @@ def check_info(file: Path, info) -> None:
         need(kind != "text" or info.get("tokenizer"), file,
              f"'tokenizer' must say kind and vocab_size of the token ids in {m}")
         shape = info["shapes"].get(m)
-        need(isinstance(shape, list) and all(isinstance(n, int) for n in shape), file,
+        need(isinstance(shape, list) and all(type(n) is int for n in shape), file,
              f"'shapes' must have a list of numbers for {m}")
     own = [info["tokenizer"]] if info.get("tokenizer") else []
     for known in own + (info.get("other_tokenizers") or []):
-        right = isinstance(known, dict) and isinstance(known.get("vocab_size"), int)
+        size = known.get("vocab_size") if isinstance(known, dict) else None
+        right = type(size) is int and 1 <= size <= MOST_IDS
         need(right and re.fullmatch(r"\w+", str(known.get("kind", ""))), file,
-             "a tokenizer must say kind (a name) and vocab_size (a number)")
+             f"a tokenizer must say kind (a name) and vocab_size (a number, {MOST_IDS} at most)")
     for name, members in (info.get("groups") or {}).items():
         need(isinstance(members, list) and all(c in range(len(classes)) for c in members)
              and not info["multilabel"], file,
@@ -445,7 +448,7 @@ def check_labels(folder: Path, info: dict) -> np.ndarray:
         ids = (folder / "ids.txt").read_text(encoding="utf-8").splitlines()
     except ValueError as error:
         need(False, folder / "ids.txt", f"no UTF-8 text ({error})")
-    need(len(ids) == n, folder / "ids.txt", f"{len(ids)} ids, but {n} labels")
+    need(len(ids) == n, folder / "ids.txt", f"{len(ids)} ids, but {n} labels in labels.npy")
     told = (info.get("counts") or {}).get(folder.name, n)
     need(told == n, folder.parent / "dataset.json",
          f"'counts' says {told!r:.40} {folder.name} samples, but there are {n} labels")

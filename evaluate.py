@@ -201,8 +201,8 @@ def with_seed(folder: Path, seed: int | None) -> Path:
 
 def check_same_samples(a: Path, b: Path) -> None:
     """ValueError for runs on other data or, of a toy, of other seeds: no pairs of samples."""
-    first, second = (stored.read_config(folder) for folder in (a, b))
-    if first["fingerprint"]["data"] != second["fingerprint"]["data"]:
+    first, second = (stored.read_config(folder).get("fingerprint") or {} for folder in (a, b))
+    if first.get("data") != second.get("data"):
         raise ValueError(f"{a} and {b} were made on different data: their samples are not pairs")
 
 

@@ -345,7 +345,9 @@ def why_anew(folder: Path, made_by: dict) -> str:
     """Why a world must be made, as it is told; "" where it is there and of the same code."""
     if not (folder / "dataset.json").exists():
         return f"making {folder} (some seconds)"
-    before = files.read_json(folder / "dataset.json").get("made_by") or {}
+    before = files.read_json(folder / "dataset.json").get("made_by")
+    if not isinstance(before, dict):
+        before = {}
     changed = [file for file in made_by if before.get(file) != made_by[file]]
     if not changed:
         return ""

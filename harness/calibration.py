@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 import data
-from harness import metrics, runs
+from harness import metrics
+from harness.stored import encoders_of, logits_of_step_1, read_config, read_logits
 
 GRID = [2 ** (i / 4) for i in range(-8, 13)]          # temperatures from 0.25 to 8
 STEPS = 20                                            # weights are multiples of 1/20
@@ -106,18 +107,15 @@ def stored(folder: Path, split: str) -> dict[str, dict]:
     "run" is the run's own prediction. So a method with a head of its own has "joint" alone, and
     one that averages logits has their "mean".
     """
-    run, found = runs.Run.open(folder), {}
-    of_run = run.tensors("logits.safetensors")
-    if "unimodal" in run.settings:
-        found["UME"] = {}
-        for m, base in run.settings["unimodal"].items():
-            alone = runs.Run.open(folder.parent / base["run"])
-            found["UME"][m] = alone.tensors("logits.safetensors")[f"{split}.{m}"]
-    names = list(run.settings.get("encoders") or [run.settings["modality"]])
-    if run.settings.get("fusion") == "joint":
+    settings, found = read_config(folder)["settings"], {}
+    n = (settings.get("samples") or {}).get(split)
+    if "unimodal" in settings:
+        found["UME"] = logits_of_step_1(folder, settings, split, n)
+    names = list(encoders_of(settings))
+    if settings.get("fusion") == "joint":
         names = ["joint"]
-    found["run"] = {name: of_run[f"{split}.{name}"] for name in names}
-    if run.settings.get("fusion") == "logits":
+    found["run"] = read_logits(folder, settings, split, n, names)
+    if settings.get("fusion") == "logits":
         found["run"] = metrics.average_logits(found["run"])
     return found
 

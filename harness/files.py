@@ -75,6 +75,7 @@ def read_json(file: Path) -> dict:
     """Raises ValueError where the file holds no object of JSON."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()    # half a character cannot be printed
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {error}") from None
     if not isinstance(value, dict):

@@ -128,8 +128,8 @@ def of_data(folder: Path) -> str:
         total.update(f"{name} {file.stat().st_size} ".encode())
         if file.stat().st_size <= WHOLE:
             total.update(sha256(file).encode())
-        elif name in info.get("sha256", {}):
-            total.update(info["sha256"][name].encode())
+        elif name in (info.get("sha256") or {}):
+            total.update(str(info["sha256"][name]).encode())
         else:
             total.update(blocks_of(file))
     return total.hexdigest()[:16]
@@ -200,7 +200,8 @@ def changed(folder: Path) -> list[str]:
     where, data, generator = Path(before["data_folder"]), before["data"], {}
     if (where / "dataset.json").exists():
         data = of_data(where)
-        generator = read_json(where / "dataset.json").get("made_by") or {}
+        generator = read_json(where / "dataset.json").get("made_by")
+        generator = generator if isinstance(generator, dict) else {}
     now = dict(version=VERSION, python=python_version(), code=code, data=data)
     changes = differences(before, now)
     for name, old in generator.items():                   # a toy that would be made anew

@@ -163,6 +163,9 @@ def fill(models: nn.ModuleDict, folder: Path) -> tuple[list, list]:
     """
     file = folder / "model.safetensors"
     tensors, _ = files.read_tensors(file)
+    for name, own in models.state_dict().items():
+        if name in tensors and tensors[name].dtype != own.dtype:
+            raise ValueError(f"{file} is damaged: {name} is {tensors[name].dtype}")
     fold_temperatures(tensors, models)
     try:
         return models.load_state_dict(tensors, strict=False)

@@ -206,19 +206,20 @@ class Run:
                 if key.startswith("optimizer/"):
                     _, parameter, name = key.split("/")
                     moments.setdefault(int(parameter), {})[name] = tensors.pop(key)
+            check_moments(moments, optimizer)
             state = json.loads(metadata["state"])
+            check_state(state)
             same = state["settings"] == self.settings
-            same = same and len(state["history"]) == state["lines"] - 1
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise ValueError(f"{file} is damaged: {error!r}") from None
-        ours = {name: tensor.shape for name, tensor in models.state_dict().items()}
-        saved = {name: tensor.shape for name, tensor in tensors.items()}
+        ours = {name: (t.shape, t.dtype) for name, t in models.state_dict().items()}
+        saved = {name: (t.shape, t.dtype) for name, t in tensors.items()}
         steps = {id(p) for group in optimizer.param_groups for p in group["params"]}
         trained = {name for name, p in models.named_parameters() if id(p) in steps}
         fits = all(ours.get(name, shape) == shape for name, shape in saved.items())
         if not (same and fits and trained <= saved.keys()):
             raise ValueError(f"{file} is of another run")
-        if saved != {name: tensor.shape for name, tensor in best.items()}:
+        if saved != {name: (t.shape, t.dtype) for name, t in best.items()}:
             raise ValueError(f"{self.folder / 'model.safetensors'} is of another run")
         return state, tensors, moments
 
@@ -447,6 +448,29 @@ class Run:
 
     def tensors(self, name: str) -> dict:
         return files.read_tensors(self.folder / name)[0]
+
+
+def check_state(state: dict) -> None:
+    """Raises ValueError, KeyError or TypeError where `save_last` has not written this."""
+    stored.check_number(state["seconds"])
+    score, loss = state["best"]
+    for rate in (score, *state["history"]):
+        stored.check_number(rate, top=1)
+    stored.check_number(-loss)
+    if state["best_epoch"] not in range(state["lines"]):
+        raise ValueError(f"no epoch {state['best_epoch']}")
+    if len(state["history"]) != state["lines"] - 1:
+        raise ValueError("not all epochs have a score")
+
+
+def check_moments(moments: dict, optimizer) -> None:
+    """Raises ValueError or IndexError where the optimiser has not these parameters."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, values in moments.items():
+        for name, value in values.items():
+            right = value.shape in (parameters[i].shape, ()) and value.is_floating_point()
+            if not right or values.keys() != next(iter(moments.values())).keys():
+                raise ValueError(f"optimizer/{i}/{name} does not fit")
 
 
 @functools.cache

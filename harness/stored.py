@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 
+import data
 from harness import files, metrics
 from harness.files import read_json
 
@@ -49,9 +50,11 @@ def read_config(folder: Path) -> dict:
                 made[key]
             dict(made["code"]), Path(made["data_folder"])
         if info is not None:
-            info["name"], info["multilabel"], len(info["classes"])
+            data.check_info(file, info)
+            if info["classes"] != config["settings"].get("classes", info["classes"]):
+                raise ValueError("its data have other classes than its settings")
             for m in encoders_of(config["settings"]):
-                info["modalities"][m], len(info["shapes"][m])
+                info["modalities"][m]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{file} is not the config.json of a run: {error!r}") from None
     return config
@@ -74,6 +77,7 @@ def check_settings(settings: dict) -> None:
         raise ValueError(f"fusion {settings['fusion']}")
     if settings["method"] in ADAPTED:
         settings["unimodal"]
+    (settings.get("samples") or {}).keys()
     if not set(settings.get("lora", ())) <= encoders.keys():
         raise ValueError(f"lora {settings['lora']}")
     if "lora" in settings and settings["rank"] < 1:
@@ -113,15 +117,15 @@ def read_result(folder: Path, settings: dict) -> dict:
     result = read_json(file)
     for key in NAMED_IN_RESULT:
         if key in result and result[key] != settings.get(key):
-            raise ValueError(f"{file} is the result of another run: {key} {result[key]}")
+            raise ValueError(f"{file} is the result of another run: {key} {result[key]!r:.60}")
     try:
         for key in ("best_epoch", "trained_parameters", "seconds"):
-            check_numbers(result[key])
+            check_number(result[key])
         for part in (result, result["ume"]) if "ume" in result else (result,):
             for split in ("val", "test"):
-                check_numbers(part[split])
                 for scores in part[split].values():
-                    scores["loss"], scores["accuracy" if "accuracy" in scores else "f1_micro"]
+                    scores["loss"]
+                    check_scores(scores)
         result["test"][settings.get("fusion") or settings["modality"]]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{file} is damaged: {error!r}") from None
@@ -134,8 +138,7 @@ def read_probe(folder: Path) -> dict:
     found = read_json(file)
     try:
         for of_modality in found.values():
-            of_modality["test"].keys()
-            check_numbers(of_modality["test"])
+            check_scores(of_modality["test"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{file} is damaged: {error!r}") from None
     return found
@@ -148,38 +151,56 @@ def read_log(folder: Path) -> list[dict]:
     try:
         names = log[0]["val"].keys()
         for line in log:
-            check_numbers(dict(epoch=line["epoch"], loss=line.get("loss") or 0, val=line["val"]))
+            check_number(line["epoch"])
+            check_number(line.get("loss") or 0)
             for name in names:
-                line["val"][name]["accuracy" if "accuracy" in line["val"][name] else "f1_micro"]
+                check_scores(line["val"][name])
     except (IndexError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{file} is damaged: {error!r}") from None
     return log
 
 
-def check_numbers(value) -> None:
-    """Raises ValueError for anything but a finite number, or a dict of them."""
-    if isinstance(value, dict):
-        for inner in value.values():
-            check_numbers(inner)
-    elif not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{str(value)[:20]!r} is no number")
+def check_scores(scores: dict) -> None:
+    """A loss, rates from 0 to 1, and groups: name -> rate. Raises KeyError or ValueError."""
+    scores["accuracy" if "accuracy" in scores else "f1_micro"]
+    for key, value in scores.items():
+        for number in value.values() if key == "groups" else [value]:
+            check_number(number, top=math.inf if key == "loss" else 1)
+
+
+def check_number(value, top: float = math.inf) -> None:
+    """Raises ValueError for anything but a finite number from 0 to `top`."""
+    if type(value) not in (int, float) or not 0 <= value <= top or value == math.inf:
+        raise ValueError(f"{str(value)[:20]!r} is no number from 0 to {top}")
 
 
 # ---- Tensors ----
 
-def logits_of_step_1(folder: Path, settings: dict, split: str, n: int) -> dict:
-    """Modality -> logits (n, C) that the uni-modal runs of a run have stored.
-
-    Raises ValueError where they are of other data.
-    """
+def logits_of_step_1(folder: Path, settings: dict, split: str, n: int | None) -> dict:
+    """Modality -> logits (n, C) that the uni-modal runs of a run have stored. n as in
+    `read_logits`."""
     logits = {}
     for m, base in settings["unimodal"].items():
-        file = folder.parent / base["run"] / "logits.safetensors"
-        tensors, _ = files.read_tensors(file)
-        logits[m] = tensors.get(f"{split}.{m}")
-        if logits[m] is None or logits[m].shape != (n, len(settings.get("classes", ()))):
-            raise ValueError(f"{file} does not hold the logits of {m} for the {n} samples of"
+        logits |= read_logits(folder.parent / base["run"], settings, split, n, [m])
+    return logits
+
+
+def read_logits(folder: Path, settings: dict, split: str, n: int | None, names: list) -> dict:
+    """Name -> logits (n, C) that a run has stored. Raises ValueError where they are not there.
+
+    n is None where nobody has counted the samples.
+    """
+    file, logits = folder / "logits.safetensors", {}
+    tensors, _ = files.read_tensors(file)
+    for name in names:
+        z = tensors.get(f"{split}.{name}")
+        right = z is not None and z.is_floating_point() and z.ndim == 2
+        if right and n is None:
+            n = len(z)
+        if not right or z.shape != (n, len(settings.get("classes", ()))):
+            raise ValueError(f"{file} does not hold the logits of {name} for the {n} samples of"
                              f" {split}")
+        logits[name] = z
     return logits
 
 

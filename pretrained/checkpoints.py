@@ -293,6 +293,8 @@ def load_public(encoder, path):
         if public not in names:
             continue
         tensor = get(public)
+        if not public.endswith(COUNTER):
+            formats.check_numbers(path, public, tensor)
         shape = own[ours[0]].shape
         if len(ours) > 1:
             shape = (len(ours) * shape[0], *shape[1:])     # packed: rows under rows

@@ -37,6 +37,11 @@ DEFAULTS = {"pos_embed_type": "learnable", "pool_type": "tok", "block_type": "de
 TOKENIZERS = {"wordpiece": ["vocab.txt"],
               "byte_bpe": ["vocab.json", "merges.txt", "bpe_encoder.bin"]}     # the third is enough
 
+# Whole numbers from 1 to these, far above all that is public. A file that says more is damaged, and
+# what it says would fill the memory.
+MOST = dict(vocab_size=2 ** 24, width=2 ** 14, depth=200, heads=2 ** 10, mlp_width=2 ** 16,
+            max_length=2 ** 16, image_size=2 ** 12, patch_size=2 ** 12, mlp_ratio=64)
+
 # Names of files and folders on the hub, where no config lies beside the weights.
 QUICK_GELU = r"(?i)openai|quickgelu|dfn[25]b(?!.*39b)|metaclip_(400m|2pt5b|fullcc)"
 GELU = r"(?i)laion-?2b|datacomp|commonpool|vit_toy"
@@ -49,24 +54,43 @@ def read_config(folder: Path) -> tuple[str, dict]:
     """
     file = folder / "open_clip_config.json"
     if file.is_file():
-        return "vit", sizes_of_vit(file, read_json(file))
+        return "vit", checked(file, sizes_of_vit(file, read_json(file)))
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"no config.json or open_clip_config.json in {folder}: it lies"
                                 " beside the weights on the hub")
     config = read_json(file)
     # Google's first BERTs do not say that they are.
-    family = config.get("model_type", "bert")
+    family = str(config.get("model_type", "bert"))
     if family not in ONLY:
-        other = foreign_beside(folder) or f"{family}; take a BERT, a DeBERTa or an OpenCLIP ViT"
+        other = (foreign_beside(folder)
+                 or f"{family!r:.60}; take a BERT, a DeBERTa or an OpenCLIP ViT")
         raise ValueError(f"{folder} holds {other}")
-    return family, sizes_of_text(file, family, config)
+    return family, checked(file, sizes_of_text(file, family, config))
+
+
+def checked(file: Path, sizes: dict) -> dict:
+    """The sizes as they are. Raises ValueError for those that no encoder has."""
+    for key, value in sizes.items():
+        if key in MOST and (type(value) is not int or not 1 <= value <= MOST[key]):
+            raise ValueError(f"{file}: {key} is {value!r:.40}, but it is a number from 1 to"
+                             f" {MOST[key]}")
+    if sizes["width"] % sizes["heads"]:
+        raise ValueError(f"{file}: a width of {sizes['width']} does not divide into"
+                         f" {sizes['heads']} heads")
+    if sizes.get("image_size", 1) % sizes.get("patch_size", 1):
+        raise ValueError(f"{file}: an image of {sizes['image_size']} pixels does not divide into"
+                         f" patches of {sizes['patch_size']}")
+    rate = sizes.get("dropout", 0)
+    if type(rate) not in (int, float) or not 0 <= rate < 1:
+        raise ValueError(f"{file}: dropout is {rate!r:.40}, but it is a share from 0 to 1")
+    return sizes
 
 
 def foreign_beside(path: Path) -> str | None:
     """As `files.foreign`, out of the config.json beside a file or in a folder."""
     file = (path if path.is_dir() else path.parent) / "config.json"
-    family = read_json(file).get("model_type") if file.is_file() else None
+    family = str(read_json(file).get("model_type")) if file.is_file() else None
     if family not in FOREIGN:
         return None
     what, _, instead = FOREIGN[family]
@@ -75,22 +99,30 @@ def foreign_beside(path: Path) -> str | None:
 
 def read_json(file: Path) -> dict:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {error}") from None
+    return an_object(config, file)
+
+
+def an_object(value, file: Path) -> dict:
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} is damaged: {value!r:.40} stands where an object {{...}} should")
+    return value
 
 
 def sizes_of_text(file: Path, family: str, config: dict) -> dict:
     for key, (ours, default) in ONLY[family].items():
         if config.get(key, default) != ours:
-            raise ValueError(f"{file}: {key} is {config.get(key, default)}, our"
+            raise ValueError(f"{file}: {key} is {config.get(key, default)!r:.60}, our"
                              f" {FAMILIES[family].__name__} has {ours}")
     length = needed(config, "max_position_embeddings", file)
     if family == "deberta":
-        terms = config.get("pos_att_type") or ""
-        if {*(terms.split("|") if isinstance(terms, str) else terms)} != {"c2p", "p2c"}:
-            raise ValueError(f"{file}: pos_att_type is {terms}, our DeBERTa has c2p|p2c")
-        if config.get("max_relative_positions", -1) > 0:
+        terms = config.get("pos_att_type")
+        names = terms.split("|") if isinstance(terms, str) else terms
+        if names not in (["c2p", "p2c"], ["p2c", "c2p"]):
+            raise ValueError(f"{file}: pos_att_type is {terms!r:.60}, our DeBERTa has c2p|p2c")
+        if config.get("max_relative_positions", -1) != -1:
             length = config["max_relative_positions"]
     return dict(vocab_size=needed(config, "vocab_size", file),
                 width=needed(config, "hidden_size", file),
@@ -101,33 +133,45 @@ def sizes_of_text(file: Path, family: str, config: dict) -> dict:
 
 
 def sizes_of_vit(file: Path, config: dict) -> dict:
-    model = needed(config, "model_cfg", file)
-    vision = needed(model, "vision_cfg", file)
+    model = an_object(needed(config, "model_cfg", file), file)
+    vision = an_object(needed(model, "vision_cfg", file), file)
     for key, value in vision.items():
         if key not in FREE and value and value != DEFAULTS.get(key):
-            raise ValueError(f"{file}: {key} is {value}, which our ViT does not have; take"
+            raise ValueError(f"{file}: {key} is {value!r:.60}, which our ViT does not have; take"
                              f" {FOREIGN['vit'][2]}")
     layers, ratio = needed(vision, "layers", file), vision.get("mlp_ratio", 4)
     if not isinstance(layers, int):
-        raise ValueError(f"{file}: layers are {layers}, so this is a ResNet of CLIP and no ViT")
-    if ratio != int(ratio):
-        raise ValueError(f"{file}: mlp_ratio is {ratio}, our ViT takes whole numbers")
+        raise ValueError(f"{file}: layers are {layers!r:.60}, so this is a ResNet of CLIP and no ViT")
+    if isinstance(ratio, float) and ratio.is_integer():
+        ratio = int(ratio)
+    if not isinstance(ratio, int):
+        raise ValueError(f"{file}: mlp_ratio is {ratio!r:.60}, our ViT takes whole numbers")
     size = needed(vision, "image_size", file)
     if isinstance(size, list):
-        if len(set(size)) > 1:
-            raise ValueError(f"{file}: image_size is {size}, our ViT takes squares")
+        if len(size) != 2 or size[0] != size[1]:
+            raise ValueError(f"{file}: image_size is {size!r:.60}, our ViT takes squares")
         size = size[0]
-    width = needed(vision, "width", file)
+    width, of_head = needed(vision, "width", file), vision.get("head_width", 64)
+    checked(file, dict(width=width, heads=of_head))
     sizes = dict(image_size=size, patch_size=needed(vision, "patch_size", file), width=width,
-                 depth=layers, heads=width // vision.get("head_width", 64), mlp_ratio=int(ratio))
+                 depth=layers, heads=width // of_head, mlp_ratio=ratio)
     if model.get("quick_gelu"):
         sizes["quick_gelu"] = True
     # Most, not all, were trained with the mean and standard deviation of OpenAI's.
-    look = config.get("preprocess_cfg", {})
-    pixels = [list(look.get(key, ours)) for key, ours in zip(("mean", "std"), ViT.pixels)]
+    look, pixels = an_object(config.get("preprocess_cfg", {}), file), []
+    for key, ours in zip(("mean", "std"), ViT.pixels):
+        pixels.append(look.get(key, list(ours)))
+        if not is_colour(pixels[-1]):
+            raise ValueError(f"{file}: {key} is {pixels[-1]!r:.40}, but it is three numbers from"
+                             " 0 to 1")
     if pixels != [list(ours) for ours in ViT.pixels]:
         sizes["pixels"] = pixels
     return sizes
+
+
+def is_colour(value) -> bool:
+    right = isinstance(value, list) and len(value) == 3
+    return right and all(type(part) in (int, float) and 0 < part < 1 for part in value)
 
 
 def needed(config: dict, key: str, file: Path):
@@ -191,12 +235,12 @@ def encoder_name(folder: Path) -> str:
 def wants_quick_gelu(path: Path, url: str = "") -> bool | None:
     """Whether the weights of a ViT were trained with QuickGELU; None where nothing says it."""
     folder = path if path.is_dir() else path.parent
-    if (folder / "open_clip_config.json").is_file():
-        config = read_json(folder / "open_clip_config.json")
-        return bool(config.get("model_cfg", {}).get("quick_gelu", False))
-    if (folder / "config.json").is_file():
-        config = read_json(folder / "config.json")
-        vision = config.get("vision_config", config)
+    if (file := folder / "open_clip_config.json").is_file():
+        model = an_object(read_json(file).get("model_cfg", {}), file)
+        return bool(model.get("quick_gelu", False))
+    if (file := folder / "config.json").is_file():
+        config = read_json(file)
+        vision = an_object(config.get("vision_config", config), file)
         if "hidden_act" in vision:
             return vision["hidden_act"] == "quick_gelu"
         if "quick_gelu" in config:

@@ -62,6 +62,13 @@ def read(path):
     return list(state), state.__getitem__
 
 
+def check_numbers(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """Raises ValueError for weights that are whole numbers, NaN or infinite."""
+    if not tensor.is_floating_point() or not tensor.isfinite().all():
+        raise ValueError(f"{path} is damaged: {name} holds NaN, infinity or whole numbers"
+                         f" ({tensor.dtype})")
+
+
 def refuse(path: Path, is_zip: bool) -> None:
     """Raises ValueError for a file that is no checkpoint, or not a whole one."""
     with path.open("rb") as file:
@@ -73,7 +80,11 @@ def refuse(path: Path, is_zip: bool) -> None:
         raise ValueError(f"{path} is a web page, not a checkpoint: check the address it came from")
     if re.search(r"-\d+-of-\d+\.\w+$", path.name):
         raise ValueError(f"{path} is one shard of several: {ONE_FILE}")
-    if is_zip and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+    try:
+        inside = zipfile.ZipFile(path).namelist() if is_zip else []
+    except Exception:              # a damaged list of contents, which torch.load will not read
+        inside = []
+    if any(name.endswith("/constants.pkl") for name in inside):
         raise ValueError(f"{path} {TORCHSCRIPT}")
 
 

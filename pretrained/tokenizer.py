@@ -24,6 +24,7 @@ SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 
 # Words to remember, and of how many characters at most: 15 MB of English, 100 MB at worst.
 CACHED_WORDS, CACHED_LENGTH = 2**16, 32
+MOST_IDS = 2**24     # far more than any vocabulary has
 
 
 class Tokenizer:
@@ -45,12 +46,16 @@ class Tokenizer:
         if missing:
             raise ValueError(f"{file}: {missing[0]!r} and {len(missing) - 1} more pieces are"
                              f" missing; is it the vocabulary of this {kind}?")
+        largest = max(ids.values())
+        if min(ids.values()) < 0 or largest >= MOST_IDS:
+            raise ValueError(f"{file}: its ids go from {min(ids.values())} to {largest}; no"
+                             " embedding table has such rows")
         if ids["[PAD]"] != 0:
             raise ValueError(f"{file}: [PAD] is id {ids['[PAD]']},"
                              " but prepared data are padded with 0")
         self.kind = kind
         self.vocab = {piece: ids[piece] for piece in known}
-        self.vocab_size = max(ids.values()) + 1
+        self.vocab_size = largest + 1
         self.pad_id, self.cls_id, self.sep_id = (ids[token] for token in SPECIAL_TOKENS[:3])
         rows = sorted(f"{id} {piece}" for piece, id in self.vocab.items())
         lines = [kind, *rows, *map(" ".join, merges)]
@@ -237,14 +242,16 @@ class ByteBPE(Tokenizer):
     """
 
     def __init__(self, vocab: str | Path, merges: str | Path | None = None):
+        files = vocab
         if merges is None:
             ids, pairs = _read_bpe_encoder(vocab)
         else:
             ids, pairs = _read_vocab_and_merges(vocab, merges)
+            files = f"{vocab} with {merges}"
         # The files also name pieces that no text leads to ("<|endoftext|>"). The two forms of the
         # files may differ in these, so they are left out.
         producible = [*BYTE_CHARACTERS, *(left + right for left, right in pairs)]
-        super().__init__("byte_bpe", vocab, ids, producible, pairs)
+        super().__init__("byte_bpe", files, ids, producible, pairs)
         self.rank = {pair: rank for rank, pair in enumerate(pairs)}
         self.stand_ins = CharacterTable(gpt2_stand_in)
 
@@ -304,7 +311,7 @@ def _read_vocab_and_merges(vocab_json: str | Path, merges_txt: str | Path):
     """(piece -> id, the merges in the order of their ranks)"""
     try:
         ids = json.loads(_read(vocab_json))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{vocab_json}: not JSON, {error}") from None
     if not isinstance(ids, dict) or not all(type(id) is int for id in ids.values()):
         raise ValueError(f"{vocab_json}: expected one JSON object, piece to id")
@@ -313,7 +320,7 @@ def _read_vocab_and_merges(vocab_json: str | Path, merges_txt: str | Path):
         if line.startswith("#version"):
             continue
         pair = tuple(line.split(" "))
-        if len(pair) != 2:
+        if len(pair) != 2 or not all(pair):
             raise ValueError(f"{merges_txt}: {line!r} is no merge,"
                              " which is two pieces with a space between")
         pairs.append(pair)

@@ -320,12 +320,12 @@ def test_settings_that_we_do_not_compute_are_refused(tmp_path):
         config = json.loads((folder / "config.json").read_text())
         for key, value in changes:
             (folder / "config.json").write_text(json.dumps({**config, key: value}))
-            with pytest.raises(ValueError, match=rf"config\.json: {key} is {value}, our"):
+            with pytest.raises(ValueError, match=rf"config\.json: {key} is {value!r}, our"):
                 load_folder(folder)
         for family, message in [
             ("roberta", "holds RoBERTa; take a BERT"),
             ("deberta-v2", "version 2 or 3; take version 1"),
-            ("llama", "holds llama; take a BERT, a DeBERTa or an OpenCLIP ViT"),
+            ("llama", "holds 'llama'; take a BERT, a DeBERTa or an OpenCLIP ViT"),
         ]:
             (folder / "config.json").write_text(json.dumps({**config, "model_type": family}))
             with pytest.raises(ValueError, match=message):
