@@ -41,9 +41,22 @@ def validation(group: list) -> tuple[float, float]:
 # ---- The table at the end of training ----
 
 def closing_table(group: list) -> None:
+    """Print `closing_rows`, and what must be said about them. group: the runs of one experiment."""
+    first = group[0]
+    print_table(closing_rows(group), first.data_folder, first.info)
+    if "ume" in first.result:
+        if first.info["multilabel"]:
+            print("UME, one temperature: not defined for several labels a sample")
+        stayed = [str(r.settings["seed"]) for r in group if r.result["best_epoch"] == 0]
+        if stayed:
+            print("training did not improve on UME (epoch 0 was the best): seed"
+                  f" {' '.join(stayed)}")
+
+
+def closing_rows(group: list) -> list:
     """One row a prediction: of each modality alone, of UME, of what training made of them.
 
-    group: the runs of one experiment, one a seed.
+    group: the runs of one experiment, one a seed; -> rows as `print_table` takes them.
     """
     first = group[0]
     rows = []
@@ -62,15 +75,7 @@ def closing_table(group: list) -> None:
         if first.settings["method"] != "mmlora":
             for beside in mmlora_beside(group):
                 rows.append(row_of(beside))
-    rows += rows_of(group)
-    print_table(rows, first.data_folder, first.info)
-    if "ume" in first.result:
-        if first.info["multilabel"]:
-            print("UME, one temperature: not defined for several labels a sample")
-        stayed = [str(r.settings["seed"]) for r in group if r.result["best_epoch"] == 0]
-        if stayed:
-            print("training did not improve on UME (epoch 0 was the best): seed"
-                  f" {' '.join(stayed)}")
+    return rows + rows_of(group)
 
 
 def unimodal_of(run, modality: str):
