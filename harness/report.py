@@ -142,7 +142,7 @@ def print_table(rows: list, folder: Path, info: dict) -> None:
     One seed: score +- binomial standard error. More: mean +- standard deviation; of groups the
     mean alone.
     """
-    name, seeds = metrics.metric(info), len(rows[0][1])
+    seeds = len(rows[0][1])
     n = len((folder / "test" / "ids.txt").read_text().splitlines())
     print(f"\n{info['name']}, test split, {n} samples, {len(info['classes'])} classes.")
     if seeds > 1:
@@ -152,24 +152,33 @@ def print_table(rows: list, folder: Path, info: dict) -> None:
     shown = list(rows[0][1][0][0].get("groups", {}))[:4]  # more groups do not fit
     if info["multilabel"]:
         shown = ["f1_macro"]
-    wide = max(len(label) for label, _ in rows)
+    heading, lines = cells(rows, n, info, shown)
     column = max([8, *(len(group) + 2 for group in shown)])
-    left = max(19, min(wide, WIDTH - 13 - column * len(shown) - 15))
-    groups = "".join(f"{group:>{column}}" for group in shown)
-    print(f"{'':{left}}{name:>13}{groups}{'trained':>9}{'s':>6}")
-    for label, found in rows:
-        cells = f"{main_cell([scores[name] for scores, _ in found], n, name):>13}"
-        for key in shown:
-            values = [s["groups"][key] if key in s.get("groups", {}) else s[key] for s, _ in found]
-            cells += f"{100 * mean_std(values)[0]:>{column}.1f}"
-        results = [result for _, result in found if result]
-        if results:
-            seconds = mean_std([result["seconds"] for result in results])[0]
-            cells += f"{short(results[0]['trained_parameters']):>9}{seconds:>6.0f}"
+    widths = [13, *(column for _ in shown), 9, 6]
+    left = max(19, min(max(len(label) for label, _ in rows), WIDTH - sum(widths)))
+    for label, *texts in [heading, *lines]:
         if len(label) > left:                             # on a line of its own
             print(label)
             label = ""
-        print(f"{label:{left}}{cells}")
+        padded = "".join(f"{text:>{width}}" for text, width in zip(texts, widths))
+        print(f"{label:{left}}{padded}".rstrip())
+
+
+def cells(rows: list, n: int, info: dict, shown: list[str]) -> tuple[list, list]:
+    """-> the heading of a table and its lines, all in words: label, score, that of each group that
+    is `shown`, trained parameters, seconds of training. n: test samples."""
+    name, lines = metrics.metric(info), []
+    for label, found in rows:
+        line = [label, main_cell([scores[name] for scores, _ in found], n, name)]
+        for key in shown:
+            values = [s["groups"][key] if key in s.get("groups", {}) else s[key] for s, _ in found]
+            line.append(f"{100 * mean_std(values)[0]:.1f}")
+        results = [result for _, result in found if result]
+        if results:
+            seconds = mean_std([result["seconds"] for result in results])[0]
+            line += [short(results[0]["trained_parameters"]), f"{seconds:.0f}"]
+        lines.append(line)
+    return ["", name, *shown, "trained", "s"], lines
 
 
 def main_cell(values: list[float], n: int, name: str) -> str:
