@@ -1,5 +1,6 @@
 """Tables and curves of finished runs."""
 import math
+import re
 from pathlib import Path
 
 from harness import calibration, files, fingerprint, metrics, runs, stored
@@ -232,24 +233,61 @@ def import_pyplot():
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
 
 
-def plot(folder: Path) -> None:
-    """Training curves of a run -> curves.png in its folder: the loss; validation scores."""
-    pyplot = import_pyplot()
-    log = stored.read_log(folder)
-    trained = [line for line in log if line.get("loss") is not None]
-    _, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
-    left.plot([line["epoch"] for line in trained], [line["loss"] for line in trained])
-    left.set(xlabel="epoch", ylabel="training loss")
+def curves(log: list[dict]) -> tuple[dict, dict]:
+    """-> training losses and validation scores in %: name -> [(epoch, value)]."""
+    losses = [(line["epoch"], line["loss"]) for line in log if line.get("loss") is not None]
     labels = {"prob": "probabilities averaged", "logits": "logits averaged"}
-    for name, scores in log[0]["val"].items():
-        key = "f1_micro" if "f1_micro" in scores else "accuracy"
-        values = [100 * line["val"][name][key] for line in log]
-        right.plot([line["epoch"] for line in log], values, label=labels.get(name, name))
-    right.set(xlabel="epoch", ylabel=f"validation {key} (%)")
-    right.legend(loc="best")
-    pyplot.suptitle(folder.name)
-    pyplot.tight_layout()
-    with files.replacing(folder / "curves.png") as file:
-        pyplot.savefig(file, dpi=120, format="png")
-    pyplot.close()
-    print(f"wrote {folder / 'curves.png'}")
+    scores = {}
+    for name, first in log[0]["val"].items():
+        key = "f1_micro" if "f1_micro" in first else "accuracy"
+        values = [(line["epoch"], 100 * line["val"][name][key]) for line in log]
+        scores[labels.get(name, name)] = values
+    return {"training loss": losses} if losses else {}, scores
+
+
+def plot(folders: list[Path]) -> None:
+    """Training curves of the runs of one experiment, one a seed: the loss; validation scores.
+
+    Of one run curves.png in its folder. Of several a picture beside the folders: mean and, as a
+    band, standard deviation. Dashed lines mark the epochs that validation chose.
+    """
+    pyplot = import_pyplot()
+    logs = [curves(stored.read_log(folder)) for folder in folders]
+    results = [runs.Run.open(folder).result for folder in folders]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.6))
+    for side, axes in enumerate((left, right)):
+        for name in logs[0][side]:
+            draw_curve(axes, [log[side][name] for log in logs], name)
+        for result in results:
+            axes.axvline(result["best_epoch"], color="0.4", linestyle="--", linewidth=1)
+        axes.plot([], [], color="0.4", linestyle="--", linewidth=1, label="chosen epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False)
+    left.set(xlabel="epoch", ylabel="training loss")
+    score = "F1-micro" if "f1_micro" in next(iter(results[0]["val"].values())) else "accuracy"
+    right.set(xlabel="epoch", ylabel=f"validation {score}, %")
+    file, title = folders[0] / "curves.png", folders[0].name
+    if len(folders) > 1:
+        title = re.sub(r"-s\d+$", "", title)
+        file = folders[0].with_name(f"{title}-curves.png")
+        title += f": mean and standard deviation of {len(folders)} seeds"
+    figure.suptitle(title)
+    figure.tight_layout()
+    with files.replacing(file) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    pyplot.close(figure)
+    print(f"wrote {file}")
+
+
+def draw_curve(axes, of_seeds: list[list], name: str) -> None:
+    """Mean and band of one curve. of_seeds: [(epoch, value)] of each seed; a run may be shorter."""
+    epochs, means, low, high = [], [], [], []
+    for same_epoch in zip(*of_seeds):
+        mean, std = mean_std([value for _, value in same_epoch])
+        epochs.append(same_epoch[0][0])
+        means.append(mean)
+        low.append(mean - std)
+        high.append(mean + std)
+    line, = axes.plot(epochs, means, marker=".", label=name)
+    if len(of_seeds) > 1:
+        axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
