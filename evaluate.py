@@ -2,6 +2,7 @@
 
     python evaluate.py --run runs/toy/mmlora-all-r1-s0                     # from the stored weights
     python evaluate.py --run runs/toy/mmlora-all-r1-s0 --fusion entropy --plot
+    python evaluate.py --run runs/toy/mmlora-all-r1-s0 --page              # to look and listen
     python evaluate.py --run runs/toy/mmlora-all-r1-s0 --temperature       # chosen on validation
     python evaluate.py --compare runs/toy/mmlora-all-r1-s0 ume --seeds 0 1 2      # paired; p values
     python evaluate.py --run runs/toy/mmlora-all-r1-s0 --drop audio        # nothing can be heard
@@ -25,8 +26,8 @@ from torch import nn
 
 import data
 from encoders import BERT, BUILD, AudioViT, DeBERTa, ResNet, ViT, quick_gelu
-from harness import (arguments, calibration, compare, files, fingerprint, linear, metrics, report,
-                     runs, stored)
+from harness import (arguments, calibration, compare, files, fingerprint, linear, metrics, page,
+                     report, runs, stored)
 from harness.models import load_run, pretrained_model
 from lora import merge_lora
 from prepare import media, toy
@@ -155,6 +156,21 @@ def print_calibration(title: str, tables) -> None:
             print(label)
             label = ""
         print(f"{label:36}{cells}")
+
+
+def show_page(args, folder: Path) -> None:
+    """page.html in the folder of a run. Its samples stand beside the stored logits, so the data
+    must be those of the run."""
+    stored.check_finished(folder)
+    config = stored.read_config(folder)
+    say_changes(folder)
+    where = arguments.find(args.data_root, config["settings"]["dataset"],
+                           config["settings"]["seed"])
+    learnt_from = (config.get("fingerprint") or {}).get("data")
+    if learnt_from not in (None, fingerprint.of_data(where)):
+        raise ValueError(f"{where} is not what {folder} has learnt from: --page would show other"
+                         " samples beside its predictions; train it anew with --again")
+    print(f"wrote {page.write(folder, where, args.tokenizer)}")
 
 
 # ---- Two methods on the same samples ----
@@ -508,7 +524,8 @@ def parser() -> argparse.ArgumentParser:
                    help="two finished runs on the same test samples; RUN-B may be ume, what RUN-A"
                         " started from; with --seeds for all of these seeds")
     p.add_argument("--plot", action="store_true",
-                   help="draw each run's training curves (needs matplotlib)")
+                   help="draw training curves; of runs that differ in the seed alone one picture"
+                        " (needs matplotlib)")
     arguments.add_device(p)
     p.add_argument("--data-root", default="data", metavar="FOLDER",
                    help="of prepared data sets; default: data")
@@ -521,7 +538,11 @@ def parser() -> argparse.ArgumentParser:
                      help="the likeliest classes of one video, picture or sound of your own")
     p.add_argument("--text", help="with --clip or alone: its text")
     p.add_argument("--tokenizer", nargs="+", metavar="FILE",
-                   help="for --text: vocabulary files, where the data were prepared with your own")
+                   help="for --text and --page: vocabulary files, where the data were prepared with"
+                        " your own")
+    one.add_argument("--page", action="store_true",
+                     help="write page.html into the run's folder: result, confusions, curves, and"
+                          " test samples to look at and to listen to; no network needed")
     one.add_argument("--export", type=Path, metavar="FOLDER",
                      help="write encoders, LoRA merged, as public checkpoints into a new folder")
     one.add_argument("--probe", action="store_true",
@@ -559,6 +580,12 @@ def main() -> None:
         if args.run or args.drop or args.probe or args.temperature or args.fusion:
             raise ValueError("--compare stands alone, with --seeds at most")
         return show_comparison(args)
+    if args.page:
+        if not args.run or args.temperature or args.fusion or args.missing or args.plot:
+            raise ValueError("--page takes --run RUN, and no option that changes the result")
+        for folder in args.run:
+            show_page(args, folder)
+        return
     if args.run and (args.temperature or args.fusion == "weighted"):
         if args.drop or args.probe or args.export:
             raise ValueError("--temperature and --fusion weighted read stored logits: not with"
@@ -591,13 +618,13 @@ def show_tables(args, opened) -> None:
     for folder, where, info, settings, models in opened:
         rows = rows_of(args, folder, where, info, settings, models)
         report.print_table(rows, where, info)
-        same.setdefault(stored.but_seed(settings), []).append((folder.name, rows, where, info))
-        if args.plot:
-            report.plot(folder)
+        same.setdefault(stored.but_seed(settings), []).append((folder, rows, where, info))
     for group in same.values():
+        folders, tables, wheres, infos = zip(*group)
+        if args.plot:
+            report.plot(folders)
         if len(group) > 1:
-            names, tables, wheres, infos = zip(*group)
-            print("\n" + ", ".join(names), end="")
+            print("\n" + ", ".join(folder.name for folder in folders), end="")
             together = []
             for rows in zip(*tables):                     # the same row of each seed
                 together.append((rows[0][0], [found[0] for _, found in rows]))

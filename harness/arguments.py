@@ -260,8 +260,7 @@ def train_all(p: argparse.ArgumentParser, train) -> None:
     report.closing_table(tried[best])
     report.next_steps(tried[best])
     if args.plot:
-        for run in tried[best]:
-            report.plot(run.folder)
+        report.plot([run.folder for run in tried[best]])
 
 
 def prepare_torch(dataset: str) -> None:

@@ -1,5 +1,6 @@
 """Tables and curves of finished runs."""
 import math
+import re
 from pathlib import Path
 
 from harness import calibration, files, fingerprint, metrics, runs, stored
@@ -41,9 +42,22 @@ def validation(group: list) -> tuple[float, float]:
 # ---- The table at the end of training ----
 
 def closing_table(group: list) -> None:
+    """Print `closing_rows`, and what must be said about them. group: the runs of one experiment."""
+    first = group[0]
+    print_table(closing_rows(group), first.data_folder, first.info)
+    if "ume" in first.result:
+        if first.info["multilabel"]:
+            print("UME, one temperature: not defined for several labels a sample")
+        stayed = [str(r.settings["seed"]) for r in group if r.result["best_epoch"] == 0]
+        if stayed:
+            print("training did not improve on UME (epoch 0 was the best): seed"
+                  f" {' '.join(stayed)}")
+
+
+def closing_rows(group: list) -> list:
     """One row a prediction: of each modality alone, of UME, of what training made of them.
 
-    group: the runs of one experiment, one a seed.
+    group: the runs of one experiment, one a seed; -> rows as `print_table` takes them.
     """
     first = group[0]
     rows = []
@@ -62,15 +76,7 @@ def closing_table(group: list) -> None:
         if first.settings["method"] != "mmlora":
             for beside in mmlora_beside(group):
                 rows.append(row_of(beside))
-    rows += rows_of(group)
-    print_table(rows, first.data_folder, first.info)
-    if "ume" in first.result:
-        if first.info["multilabel"]:
-            print("UME, one temperature: not defined for several labels a sample")
-        stayed = [str(r.settings["seed"]) for r in group if r.result["best_epoch"] == 0]
-        if stayed:
-            print("training did not improve on UME (epoch 0 was the best): seed"
-                  f" {' '.join(stayed)}")
+    return rows + rows_of(group)
 
 
 def unimodal_of(run, modality: str):
@@ -137,7 +143,7 @@ def print_table(rows: list, folder: Path, info: dict) -> None:
     One seed: score +- binomial standard error. More: mean +- standard deviation; of groups the
     mean alone.
     """
-    name, seeds = metrics.metric(info), len(rows[0][1])
+    seeds = len(rows[0][1])
     n = len((folder / "test" / "ids.txt").read_text().splitlines())
     print(f"\n{info['name']}, test split, {n} samples, {len(info['classes'])} classes.")
     if seeds > 1:
@@ -147,24 +153,33 @@ def print_table(rows: list, folder: Path, info: dict) -> None:
     shown = list(rows[0][1][0][0].get("groups", {}))[:4]  # more groups do not fit
     if info["multilabel"]:
         shown = ["f1_macro"]
-    wide = max(len(label) for label, _ in rows)
+    heading, lines = cells(rows, n, info, shown)
     column = max([8, *(len(group) + 2 for group in shown)])
-    left = max(19, min(wide, WIDTH - 13 - column * len(shown) - 15))
-    groups = "".join(f"{group:>{column}}" for group in shown)
-    print(f"{'':{left}}{name:>13}{groups}{'trained':>9}{'s':>6}")
-    for label, found in rows:
-        cells = f"{main_cell([scores[name] for scores, _ in found], n, name):>13}"
-        for key in shown:
-            values = [s["groups"][key] if key in s.get("groups", {}) else s[key] for s, _ in found]
-            cells += f"{100 * mean_std(values)[0]:>{column}.1f}"
-        results = [result for _, result in found if result]
-        if results:
-            seconds = mean_std([result["seconds"] for result in results])[0]
-            cells += f"{short(results[0]['trained_parameters']):>9}{seconds:>6.0f}"
+    widths = [13, *(column for _ in shown), 9, 6]
+    left = max(19, min(max(len(label) for label, _ in rows), WIDTH - sum(widths)))
+    for label, *texts in [heading, *lines]:
         if len(label) > left:                             # on a line of its own
             print(label)
             label = ""
-        print(f"{label:{left}}{cells}")
+        padded = "".join(f"{text:>{width}}" for text, width in zip(texts, widths))
+        print(f"{label:{left}}{padded}".rstrip())
+
+
+def cells(rows: list, n: int, info: dict, shown: list[str]) -> tuple[list, list]:
+    """-> the heading of a table and its lines, all in words: label, score, that of each group that
+    is `shown`, trained parameters, seconds of training. n: test samples."""
+    name, lines = metrics.metric(info), []
+    for label, found in rows:
+        line = [label, main_cell([scores[name] for scores, _ in found], n, name)]
+        for key in shown:
+            values = [s["groups"][key] if key in s.get("groups", {}) else s[key] for s, _ in found]
+            line.append(f"{100 * mean_std(values)[0]:.1f}")
+        results = [result for _, result in found if result]
+        if results:
+            seconds = mean_std([result["seconds"] for result in results])[0]
+            line += [short(results[0]["trained_parameters"]), f"{seconds:.0f}"]
+        lines.append(line)
+    return ["", name, *shown, "trained", "s"], lines
 
 
 def main_cell(values: list[float], n: int, name: str) -> str:
@@ -218,24 +233,61 @@ def import_pyplot():
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
 
 
-def plot(folder: Path) -> None:
-    """Training curves of a run -> curves.png in its folder: the loss; validation scores."""
-    pyplot = import_pyplot()
-    log = stored.read_log(folder)
-    trained = [line for line in log if line.get("loss") is not None]
-    _, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
-    left.plot([line["epoch"] for line in trained], [line["loss"] for line in trained])
-    left.set(xlabel="epoch", ylabel="training loss")
+def curves(log: list[dict]) -> tuple[dict, dict]:
+    """-> training losses and validation scores in %: name -> [(epoch, value)]."""
+    losses = [(line["epoch"], line["loss"]) for line in log if line.get("loss") is not None]
     labels = {"prob": "probabilities averaged", "logits": "logits averaged"}
-    for name, scores in log[0]["val"].items():
-        key = "f1_micro" if "f1_micro" in scores else "accuracy"
-        values = [100 * line["val"][name][key] for line in log]
-        right.plot([line["epoch"] for line in log], values, label=labels.get(name, name))
-    right.set(xlabel="epoch", ylabel=f"validation {key} (%)")
-    right.legend(loc="best")
-    pyplot.suptitle(folder.name)
-    pyplot.tight_layout()
-    with files.replacing(folder / "curves.png") as file:
-        pyplot.savefig(file, dpi=120, format="png")
-    pyplot.close()
-    print(f"wrote {folder / 'curves.png'}")
+    scores = {}
+    for name, first in log[0]["val"].items():
+        key = "f1_micro" if "f1_micro" in first else "accuracy"
+        values = [(line["epoch"], 100 * line["val"][name][key]) for line in log]
+        scores[labels.get(name, name)] = values
+    return {"training loss": losses} if losses else {}, scores
+
+
+def plot(folders: list[Path]) -> None:
+    """Training curves of the runs of one experiment, one a seed: the loss; validation scores.
+
+    Of one run curves.png in its folder. Of several a picture beside the folders: mean and, as a
+    band, standard deviation. Dashed lines mark the epochs that validation chose.
+    """
+    pyplot = import_pyplot()
+    logs = [curves(stored.read_log(folder)) for folder in folders]
+    results = [runs.Run.open(folder).result for folder in folders]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.6))
+    for side, axes in enumerate((left, right)):
+        for name in logs[0][side]:
+            draw_curve(axes, [log[side][name] for log in logs], name)
+        for result in results:
+            axes.axvline(result["best_epoch"], color="0.4", linestyle="--", linewidth=1)
+        axes.plot([], [], color="0.4", linestyle="--", linewidth=1, label="chosen epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False)
+    left.set(xlabel="epoch", ylabel="training loss")
+    score = "F1-micro" if "f1_micro" in next(iter(results[0]["val"].values())) else "accuracy"
+    right.set(xlabel="epoch", ylabel=f"validation {score}, %")
+    file, title = folders[0] / "curves.png", folders[0].name
+    if len(folders) > 1:
+        title = re.sub(r"-s\d+$", "", title)
+        file = folders[0].with_name(f"{title}-curves.png")
+        title += f": mean and standard deviation of {len(folders)} seeds"
+    figure.suptitle(title)
+    figure.tight_layout()
+    with files.replacing(file) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    pyplot.close(figure)
+    print(f"wrote {file}")
+
+
+def draw_curve(axes, of_seeds: list[list], name: str) -> None:
+    """Mean and band of one curve. of_seeds: [(epoch, value)] of each seed; a run may be shorter."""
+    epochs, means, low, high = [], [], [], []
+    for same_epoch in zip(*of_seeds):
+        mean, std = mean_std([value for _, value in same_epoch])
+        epochs.append(same_epoch[0][0])
+        means.append(mean)
+        low.append(mean - std)
+        high.append(mean + std)
+    line, = axes.plot(epochs, means, marker=".", label=name)
+    if len(of_seeds) > 1:
+        axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)

@@ -143,24 +143,33 @@ def make(folder: Path, name: str, seed: int, made_by=None) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def recordings(name: str, seed: int, split: str, n: int):
+    """The n samples of a split of the world `name`, in their order, some at a time: classes (b,),
+    and sounds, pictures and groups as in `samples`. Nobody stores the sounds; this makes them
+    again."""
+    world, order = WORLDS[name], list(SIZES[name])
+    rng = torch.Generator().manual_seed(10 * seed + order.index(split) + 1)
+    count = class_counts(world["weight"], n)
+    label = torch.arange(len(count)).repeat_interleave(count)
+    label = label[torch.randperm(n, generator=rng)]
+    for y in label.split(250):     # small pieces stay in the processor's cache
+        yield y, *samples(world, y, rng)
+
+
 def generate(temporary: Path, name: str, seed: int) -> None:
     """The arrays of `make`."""
-    world, sizes = WORLDS[name], SIZES[name]
-    for k, (split, n) in enumerate(sizes.items()):
-        rng = torch.Generator().manual_seed(10 * seed + k + 1)
-        count = class_counts(world["weight"], n)
-        label = torch.arange(len(count)).repeat_interleave(count)
-        label = label[torch.randperm(n, generator=rng)]
-        audio, visual, group = [], [], []
-        for y in label.split(250):     # small pieces stay in the processor's cache
-            sound, picture, off = samples(world, y, rng)
+    world = WORLDS[name]
+    for split, n in SIZES[name].items():
+        label, audio, visual, group = [], [], [], []
+        for y, sound, picture, off in recordings(name, seed, split, n):
+            label.append(y)
             audio.append(log_mel(sound, bins=32, frames=64).half())
             visual.append(picture)
             group.append(off)
         audio = torch.cat(audio).unsqueeze(1)                       # (N, 1, 32, 64)
         visual = torch.cat(visual).unsqueeze(1)                     # (N, 1, 3, 36, 36)
         (temporary / split).mkdir(parents=True, exist_ok=True)
-        np.save(temporary / split / "labels.npy", label.numpy())
+        np.save(temporary / split / "labels.npy", torch.cat(label).numpy())
         np.save(temporary / split / "audio.npy", audio.numpy())
         np.save(temporary / split / "visual.npy", visual.numpy())
         if "groups" not in world:

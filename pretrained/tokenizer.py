@@ -85,6 +85,13 @@ class Tokenizer:
             ids += self._cached_ids(word) if len(word) <= CACHED_LENGTH else self._ids(word)
         return [self.cls_id, *ids[:room], self.sep_id]
 
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of these ids, to look at. [PAD], [CLS] and [SEP] are left out; the text is what
+        `encode` saw of it: of WordPiece without case and accents, with a space around each word."""
+        of_id = {id: piece for piece, id in self.vocab.items()}
+        left_out = (self.pad_id, self.cls_id, self.sep_id)
+        return self.join([of_id.get(id, "[UNK]") for id in ids if id not in left_out])
+
 
 class CharacterTable(dict):
     """A table for `str.translate` that asks `rule(character)` once for each character it meets.
@@ -179,6 +186,9 @@ class WordPiece(Tokenizer):
             pieces.append(mark + word[start:end])
             start = end
         return pieces
+
+    def join(self, pieces: list[str]) -> str:
+        return " ".join(pieces).replace(" ##", "")
 
 
 # ---- Byte-level BPE ----
@@ -276,6 +286,11 @@ class ByteBPE(Tokenizer):
                     merged.append(piece)
             pieces = merged
         return pieces
+
+    def join(self, pieces: list[str]) -> str:
+        # A character may be cut after some of its bytes, at the end of a text.
+        spelt = [c for piece in pieces for c in piece if c in BYTE_CHARACTERS]
+        return bytes(map(BYTE_CHARACTERS.index, spelt)).decode("utf-8", errors="replace")
 
 
 # ---- Files ----
