@@ -1,0 +1,13 @@
+"""Exercise 4: what a random B does to epoch 0. N samples, C classes."""
+import torch
+from torch import nn
+
+
+def randomise_B(model: nn.Module, std: float) -> list[str]:
+    """Fill every lora_B of `model` with N(0, std^2), in place; -> their names."""
+    return []                                           # your turn: model.named_parameters()
+
+
+def distance(p: torch.Tensor, q: torch.Tensor) -> float:
+    """The mean over samples of 1/2 sum_c |p_c - q_c|. p, q: probabilities (N, C)."""
+    return -1.0                                         # your turn
