@@ -26,7 +26,7 @@ import data
 import evaluate
 from encoders import BERT, DeBERTa, ViT
 from harness import arguments, calibration, files, fingerprint, models, stored
-from prepare import custom, media, toy, write
+from prepare import custom, locks, media, toy, write
 from prepare.media import Item
 from pretrained import checkpoints, configs
 from pretrained.tokenizer import load_tokenizer
@@ -637,7 +637,7 @@ def test_last(fuzz, trained, tmp_path):
     for epoch in range(3):
         optimizer.step()
         run.end_of_epoch(epoch, logits, net.state_dict())
-    files.unlock()
+    locks.unlock()
     start = optimizer.state_dict()
 
     def read(_):

@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import wave
 from html.parser import HTMLParser
 
