@@ -181,22 +181,24 @@ def show_comparison(args) -> None:
     ume = str(folder_b) == "ume"                          # of A
     if ume:
         folder_b = folder_a
-    differences, gains = [], []
-    print(f"\nA {folder_a}\nB {'what A started from, UME' if ume else folder_b}\n")
-    print(f"{'seed':>6}{'A':>8}{'B':>8}{'A - B':>8}{'both right':>13}{'only A':>9}{'only B':>9}"
-          f"{'neither':>9}{'p':>9}")
-    for seed in args.seeds or [None]:
+    opened, differences, gains = [], [], []
+    for seed in args.seeds or [None]:                     # what has changed is said above the table
         a, b = with_seed(folder_a, seed), with_seed(folder_b, seed)
         where, _, settings = open_data_of(args, a)
         if not ume:
             open_data_of(args, b)
             check_same_samples(a, b)
+        opened.append((a, b, where, settings["seed"]))
+    print(f"\nA {folder_a}\nB {'what A started from, UME' if ume else folder_b}\n")
+    print(f"{'seed':>6}{'A':>8}{'B':>8}{'A - B':>8}{'both right':>13}{'only A':>9}{'only B':>9}"
+          f"{'neither':>9}{'p':>9}")
+    for a, b, where, seed in opened:
         y = data.Split(where, "test").labels
         right_a, right_b = right_of(a, "run", y), right_of(b, "UME" if ume else "run", y)
         of_a, of_b = (100 * float(right.double().mean()) for right in (right_a, right_b))
         differences.append(of_a - of_b)
         t = compare.table(right_a, right_b)
-        print(f"{settings['seed']:>6}{of_a:>8.1f}{of_b:>8.1f}{of_a - of_b:>+8.2f}"
+        print(f"{seed:>6}{of_a:>8.1f}{of_b:>8.1f}{of_a - of_b:>+8.2f}"
               f"{t['both']:>13}{t['only_a']:>9}{t['only_b']:>9}{t['neither']:>9}{t['p']:>9.2g}")
         experts = experts_of((a, b), y)
         if experts:

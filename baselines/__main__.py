@@ -1,6 +1,7 @@
 """`python -m baselines`: which methods there are. `python -m baselines WORD`: the nearest first."""
 import ast
 import sys
+import textwrap
 from pathlib import Path
 
 from harness.arguments import nearest_first
@@ -10,4 +11,5 @@ for file in sorted(Path(__file__).parent.glob("[a-z]*.py")):
     if file.stem != "parts":
         found[file.stem] = ast.get_docstring(ast.parse(file.read_text())).split("\n")[0]
 for name in nearest_first(" ".join(sys.argv[1:]), found):
-    print(f"python -m baselines.{name:12}  # {found[name].split(':')[0].split(' (')[0]}")
+    about = found[name].split(" (")[0].rstrip(".")
+    print(textwrap.shorten(f"python -m baselines.{name:13}  # {about}", 80, placeholder=" ..."))

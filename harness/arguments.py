@@ -304,7 +304,8 @@ def find(root: str, name: str, seed: int = 0) -> Path:
     if name in PREPARED:                                  # what to download and where to put it
         how = importlib.import_module(f"prepare.{name}").HELP
     else:
-        there = [file.parent.name for file in Path(root).glob("*/dataset.json")]
+        there = [file.parent.name for file in Path(root).glob("*/dataset.json")
+                 if not re.fullmatch(rf"({'|'.join(toy.WORLDS)})-s\d+", file.parent.name)]
         names = nearest_first(name, {*toy.WORLDS, *PREPARED, *there})
         how = (f"There are {', '.join(names)}. Make your own with: python -m prepare.custom"
                f" INDEX.jsonl --name {name} --data-root {root}")
