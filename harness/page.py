@@ -188,8 +188,9 @@ def confusions(test: Test) -> str:
         count = pairs.bincount(minlength=len(classes) ** 2).view(len(classes), -1)
         figures.append(f"<figure><h3>{escape(model.name)}</h3>{matrix(count)}"
                        f"<figcaption>{most_confused(count, classes)}</figcaption></figure>")
+    numbers = "; numbers are test samples" if len(classes) <= FEW else ""
     return (f"{start}<p class=dim>Each row is a true class, each column what the model says. The"
-            " stronger the colour, the larger the share of the row; numbers are test samples.</p>"
+            f" stronger the colour, the larger the share of the row{numbers}.</p>"
             f"<div class=beside>{''.join(figures)}</div>{numbered(classes)}")
 
 
@@ -207,7 +208,7 @@ def matrix(count: torch.Tensor) -> str:
             over = " over" if strength > 0.6 else ""
             numbers.append(f"<text class='number{over}' x={x + cell / 2:.4g} y={y + cell / 2:.4g}>"
                            f"{int(count[row, column])}</text>")
-    for i in range(0, size, math.ceil(size / 16)):
+    for i in range(0, size, int(nice(max(1, size / 16)))):
         at = (i + 0.5) * cell
         numbers.append(f"<text class=number x={24 + at:.4g} y=9>{i}</text>"
                        f"<text class=number x=12 y={18 + at:.4g}>{i}</text>")
@@ -320,10 +321,10 @@ def gallery(run, test: Test, vocabulary: list | None) -> str:
     n = len(test.split)
     how = f"All {n} test samples."
     if len(chosen) < n:
-        kind = "group, and each kind of who is right and who is wrong," if test.split.groups else (
-            "kind of who is right and who is wrong")
-        how = f"{len(chosen)} of {n} test samples, drawn in turn from each {kind} so that rare"
-        how += " ones are there, too. So their shares are not those of the test split."
+        group = "each group and " if test.split.groups else ""
+        how = (f"{len(chosen)} of {n} test samples, drawn in turn from {group}each kind of who is"
+               " right and who is wrong, so that rare ones are there, too. Their shares are not"
+               " those of the test split.")
     right = " Right means that all labels are right." if test.info["multilabel"] else ""
     notes = "".join(f"<p class=dim>{escape(note)}</p>" for note in notes)
     return (f"<h2 id=samples>Samples</h2><p class=dim>{how}{right}</p>{notes}"
@@ -393,7 +394,7 @@ def in_json(index: dict, kinds: list[tuple], test: Test) -> str:
 def legend(test: Test) -> str:
     told = "<span class=swatch>probability, in %</span>"
     if any(model.after is not None for model in test.models):
-        told += "<span class='swatch adapted'>after training on the joint prediction</span>"
+        told += "<span class='swatch adapted'>the same model in the run</span>"
     return told + " The true class has a frame; what a model chooses is bold."
 
 

@@ -383,10 +383,14 @@ def draw(args) -> Path:
         x, y, deviation = zip(*measured) if measured else ((), (), ())
         label = ", ".join(filter(None, [row[0].row, row[0].backbone, row[0].start]))
         axes.errorbar(x, y, deviation, **style, capsize=3, label=label)
-    hollow = "" if args.dataset else " (hollow: the paper)"
-    axes.set_title(f"Table {title(args)}{hollow}", fontsize=9, wrap=True)
-    axes.set(ylabel="test, %", xlabel="rank" if args.number == 10 else "",
-             xlim=(-0.6, len(columns) - 0.4))
+    hollow = "" if args.dataset else "; hollow: the paper"
+    axes.set_title(f"Table {title(args)}\nbars: standard deviation over seeds{hollow}", fontsize=9,
+                   wrap=True)
+    first = {cell.metrics[0] for row in rows for cell in row if cell.metrics}
+    score = first.pop().replace("f1_", "F1-") if len(first) == 1 else "score"
+    axes.set(ylabel=f"test {score}, %", xlim=(-0.6, len(columns) - 0.4))
+    if args.number == 10:
+        axes.set_xlabel("rank r of BA (UME: no BA)")
     axes.set_xticks(range(len(columns)), columns)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     name = f"table{args.number}-{args.dataset}.png" if args.dataset else f"table{args.number}.png"

@@ -558,6 +558,13 @@ def test_pictures_show_the_numbers(number, tmp_path, monkeypatch):
         bars.extend(zip(y, deviation))
         return errorbar(axes, x, y, deviation, **style)
 
+    axes, close = [], pyplot.close
+
+    def close_and_note(figure):
+        axes.extend(figure.axes)
+        close(figure)
+
+    monkeypatch.setattr(pyplot, "close", close_and_note)
     monkeypatch.setattr(pyplot.Axes, "plot", plot_and_note)
     monkeypatch.setattr(pyplot.Axes, "errorbar", errorbar_and_note)
     printed = call("paper.tables", number, "--plot", out=tmp_path)
@@ -567,3 +574,8 @@ def test_pictures_show_the_numbers(number, tmp_path, monkeypatch):
     assert published <= set(dots)
     if number in (9, 10, 13):           # the cell of AVE, rank 1, LoRA on both
         assert (pytest.approx(93), pytest.approx(100 * 0.0360555)) in bars
+    one, = axes
+    assert one.get_ylabel().startswith("test ") and "standard deviation" in one.get_title()
+    assert ("rank" in one.get_xlabel()) == (number == 10)
+    # Beside the axes: over no dot.
+    assert one.get_legend().get_window_extent().x0 > one.get_window_extent().x1
