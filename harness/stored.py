@@ -4,15 +4,17 @@ Whatever is wrong with a file ends in a ValueError or an OSError that names it. 
 files leads out of its folder.
 """
 import json
-import math
 from pathlib import Path
 
 import data
+from encoders import BUILD
 from harness import files, metrics
 from harness.files import read_json
+from pretrained import configs
 
 # Such a run stores only what it has trained: A and B, or as little.
 ADAPTED = ("mmlora", "separate", "logits", "drop_modality", "all_linear", "small")
+HUGE = 1e300                                          # no loss and no time is as large
 NAMED_IN_RESULT = ("method", "dataset", "seed", "modality", "encoder", "encoders", "fusion")
 # What a setting is, where it is there; without these nobody can use a run.
 KINDS = dict(method=str, dataset=str, seed=int, precision=str, frames=int, audio_shift=int,
@@ -23,8 +25,10 @@ NEEDED = ("method", "dataset", "seed", "precision", "frames", "audio_shift")
 
 
 def check_finished(folder: Path) -> None:
-    """Raises ValueError for a folder without a finished run; it names those there are."""
+    """Raises ValueError for a folder without a finished run; it names those there are. Also for a
+    result that is damaged or of another run."""
     if (folder / "result.json").exists():
+        read_result(folder, read_config(folder)["settings"])
         return
     there = sorted(str(file.parent) for file in folder.parent.glob("*/result.json"))
     if not there:
@@ -80,7 +84,14 @@ def check_settings(settings: dict) -> None:
     (settings.get("samples") or {}).keys()
     if not set(settings.get("lora", ())) <= encoders.keys():
         raise ValueError(f"lora {settings['lora']}")
-    if "lora" in settings and settings["rank"] < 1:
+    for name in encoders.values():
+        if name not in BUILD and name.partition("-")[0] not in configs.FAMILIES:
+            raise ValueError(f"no encoder is called {name}")
+    sizes = settings.get("sizes") or {}
+    for of_one in map(sizes.get, encoders) if "encoders" in settings else [sizes]:
+        if of_one and "width" in of_one:
+            configs.checked("its sizes", of_one)
+    if "lora" in settings and not 1 <= settings["rank"] <= configs.MOST["width"]:
         raise ValueError(f"rank {settings['rank']}")
 
 
@@ -165,12 +176,12 @@ def check_scores(scores: dict) -> None:
     scores["accuracy" if "accuracy" in scores else "f1_micro"]
     for key, value in scores.items():
         for number in value.values() if key == "groups" else [value]:
-            check_number(number, top=math.inf if key == "loss" else 1)
+            check_number(number, top=HUGE if key == "loss" else 1)
 
 
-def check_number(value, top: float = math.inf) -> None:
-    """Raises ValueError for anything but a finite number from 0 to `top`."""
-    if type(value) not in (int, float) or not 0 <= value <= top or value == math.inf:
+def check_number(value, top: float = HUGE) -> None:
+    """Raises ValueError for anything but a number from 0 to `top`."""
+    if type(value) not in (int, float) or not 0 <= value <= top:
         raise ValueError(f"{str(value)[:20]!r} is no number from 0 to {top}")
 
 

@@ -69,7 +69,7 @@ def read_config(folder: Path) -> tuple[str, dict]:
     return family, checked(file, sizes_of_text(file, family, config))
 
 
-def checked(file: Path, sizes: dict) -> dict:
+def checked(file: Path | str, sizes: dict) -> dict:
     """The sizes as they are. Raises ValueError for those that no encoder has."""
     for key, value in sizes.items():
         if key in MOST and (type(value) is not int or not 1 <= value <= MOST[key]):
@@ -141,7 +141,8 @@ def sizes_of_vit(file: Path, config: dict) -> dict:
                              f" {FOREIGN['vit'][2]}")
     layers, ratio = needed(vision, "layers", file), vision.get("mlp_ratio", 4)
     if not isinstance(layers, int):
-        raise ValueError(f"{file}: layers are {layers!r:.60}, so this is a ResNet of CLIP and no ViT")
+        raise ValueError(f"{file}: layers are {layers!r:.60}, so this is a ResNet of CLIP and no"
+                         " ViT")
     if isinstance(ratio, float) and ratio.is_integer():
         ratio = int(ratio)
     if not isinstance(ratio, int):

@@ -227,6 +227,16 @@ def spoil(file, how):
         save_file(load_file(file), file)
     elif how == "broken state":
         save_file(load_file(file), file, {"state": state_of(file)[:-9]})
+    elif how == "whole numbers":
+        save_file({k: t.view(torch.int32) for k, t in load_file(file).items()}, file,
+                  {"state": state_of(file)})
+    elif how == "other moments":
+        tensors = load_file(file)
+        tensors["optimizer/0/exp_avg"] = torch.zeros(7)
+        save_file(tensors, file, {"state": state_of(file)})
+    elif how == "impossible scores":
+        state = json.loads(state_of(file)) | {"best": [1.5, -1]}
+        save_file(load_file(file), file, {"state": json.dumps(state)})
     elif how == "of another run":
         state = json.loads(state_of(file))
         state["settings"]["seed"] = 1
@@ -239,7 +249,8 @@ def state_of(file):
 
 @pytest.mark.parametrize("name, how", [
     ("last", how) for how in ("empty", "cut", "text", "other tensors", "other shapes", "not finite",
-                              "no state", "broken state", "of another run")
+                              "no state", "broken state", "of another run", "whole numbers",
+                              "other moments", "impossible scores")
 ] + [("model", how) for how in ("empty", "cut", "other tensors", "other shapes", "gone")])
 def test_a_damaged_or_foreign_state_begins_again_and_says_so(name, how, stopped, root, capsys):
     file = stopped / f"{name}.safetensors"
@@ -355,6 +366,12 @@ DAMAGED = [("config.json", b""), ("config.json", b"[]"), ("config.json", b"\xff\
            ("config.json", foreign(settings__lora=["smell"])),
            ("config.json", foreign(settings__fusion="nosuch")),
            ("config.json", foreign(settings__fusion=None)),
+           ("config.json", foreign(settings__rank=10 ** 30)),
+           ("config.json", foreign(settings__encoders={"audio": "nosuch", "visual": "vit_toy"})),
+           ("config.json", foreign(data__classes=["one", "two"])),
+           ("config.json", foreign(fingerprint__python="\ud800")),
+           ("result.json", foreign(seconds=10 ** 400)), ("result.json", foreign(best_epoch=-1)),
+           ("result.json", foreign(test__audio={"loss": 1, "accuracy": 1.5})),
            ("config.json", foreign(settings__rank=0)), ("config.json", foreign(settings__seed="a")),
            ("config.json", foreign(settings__precision=None)),
            ("config.json", foreign(settings__dataset="..")),
@@ -397,10 +414,13 @@ def test_damaged_tensors_of_a_finished_run(name, copied, root):
         told = error("train_joint.py", *SMALL, out=copied, root=root)
         assert str(file) in told and "--again" in told
         assert str(file) in error("evaluate.py", "--run", copied / MMLORA, root=root)
-    file.write_bytes(whole)
-    spoil(file, "other tensors")
-    run = copied / (AUDIO if name == "model" else MMLORA)
-    assert str(file) in error("evaluate.py", "--run", run, root=root)
+    for how in ("other tensors", "whole numbers"):
+        file.write_bytes(whole)
+        spoil(file, how)
+        run = copied / (AUDIO if name == "model" else MMLORA)
+        assert str(file) in error("evaluate.py", "--run", run, root=root)
+        if name == "logits":
+            assert str(file) in error("evaluate.py", "--run", run, "--temperature", root=root)
 
 
 def test_again_trains_a_damaged_run_anew(stopped, root, capsys):

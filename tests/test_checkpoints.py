@@ -227,6 +227,47 @@ def test_files_that_are_no_dictionary_of_tensors(tmp_path):
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), torch.zeros(67, 32, dtype=torch.int)])
+def test_weights_that_are_no_numbers_to_go_on_from(value, tmp_path):
+    """One bit of a header makes whole numbers of all weights, and they would train, only worse."""
+    state = load_file(FIXTURES / "bert/model.safetensors")
+    words = next(name for name in state if name.endswith("word_embeddings.weight"))
+    state[words] = value if isinstance(value, torch.Tensor) else state[words].index_fill(0, torch.tensor(3), value)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"model.safetensors is damaged: {words} holds NaN, infinity or whole numbers"):
+        load_public(MODELS["bert"][0](), tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("model, key, value, message", [
+    ("bert", "num_hidden_layers", 2 ** 31, "depth is 2147483648, but it is a number from 1 to 200"),
+    ("bert", "vocab_size", "67", "vocab_size is '67'"), ("bert", "hidden_size", [], r"width is \[\]"),
+    ("bert", "hidden_dropout_prob", 2, "dropout is 2"), ("bert", "model_type", [], r"holds '\[\]'"),
+    ("bert", "num_attention_heads", 5, "a width of 32 does not divide into 5 heads"),
+    ("deberta", "max_relative_positions", "x", "max_length is 'x'"),
+    ("deberta", "pos_att_type", 7, "pos_att_type is 7, our"),
+    ("openclip", "model_cfg", "x", "damaged: 'x' stands where an object"),
+    ("openclip", "preprocess_cfg", {"mean": 1}, "mean is 1, but it is three numbers"),
+])
+def test_a_damaged_config_is_named(model, key, value, message, tmp_path):
+    folder = copy_of(model, tmp_path / "x")
+    file, = folder.glob("*config.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(ValueError, match=message) as error:
+        load_folder(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_zip_without_its_list_of_contents(tmp_path):
+    """zipfile.is_zipfile looks at the end of a file alone."""
+    file = tmp_path / "pytorch_model.bin"
+    whole = bytearray((FIXTURES / "bert/pytorch_model.bin").read_bytes())
+    at = whole.rfind(b"PK\x01\x02")
+    whole[at] = 0
+    file.write_bytes(whole)
+    with pytest.raises(ValueError, match="pytorch_model.bin cannot be read as a checkpoint"):
+        load_public(MODELS["bert"][0](), file)
+
+
 # ---- QuickGELU ----
 
 def test_quick_gelu_equals_open_clip(tmp_path, capsys):

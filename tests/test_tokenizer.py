@@ -304,6 +304,12 @@ def test_load_tokenizer_and_its_errors(tmp_path):
     bad["latin.txt"].write_bytes(b"caf\xe9")
     bad["m.txt"].write_text("#version: 0.2\na b\nabc\n")
     bad["b.bin"].write_bytes(b"junk")
+    bad |= {name: tmp_path / name for name in ("deep.json", "far.json", "under.json", "gap.txt")}
+    ids = json.loads(VOCAB_JSON.read_text(encoding="utf-8"))
+    bad["deep.json"].write_text('{"x":' * 100_000)
+    bad["far.json"].write_text(json.dumps(ids | {"x": 2 ** 31}))
+    bad["under.json"].write_text(json.dumps(ids | {"x": -1}))
+    bad["gap.txt"].write_text("#version: 0.2\n a\n")
     bad["pad.txt"].write_text("[UNK]\n[CLS]\n[SEP]\n[PAD]\n")
     torch.save({"weight": torch.zeros(1)}, tmp_path / "model.bin")
     for paths, error, message in [
@@ -317,6 +323,10 @@ def test_load_tokenizer_and_its_errors(tmp_path):
         ([VOCAB_JSON, bad["m.txt"]], ValueError, "'abc' is no merge"),
         ([bad["a.json"], MERGES_TXT], ValueError, "not JSON"),
         ([bad["list.json"], MERGES_TXT], ValueError, "expected one JSON object"),
+        ([bad["deep.json"], MERGES_TXT], ValueError, "deep.json: not JSON"),
+        ([bad["far.json"], MERGES_TXT], ValueError, "far.json .*: its ids go from 0 to 2147483648"),
+        ([bad["under.json"], MERGES_TXT], ValueError, "under.json .*: its ids go from -1 to"),
+        ([VOCAB_JSON, bad["gap.txt"]], ValueError, "' a' is no merge"),
         ([bad["latin.txt"]], ValueError, "not UTF-8"),
         ([bad["b.bin"]], ValueError, "not DeBERTa's bpe_encoder.bin"),
         ([tmp_path / "model.bin"], ValueError, "not DeBERTa's bpe_encoder.bin"),
