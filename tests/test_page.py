@@ -19,7 +19,7 @@ import data
 from harness import files, metrics, page, report
 from prepare import toy
 from pretrained.tokenizer import ByteBPE, WordPiece
-from running import MMLORA, ROOT, call, error, table
+from running import MMLORA, ROOT, call, error, table, tensors
 
 VOID = {"meta", "link", "br", "img", "input", "rect", "circle"}
 WORDPIECE = ROOT / "tests/fixtures/encoders/tokenizer_wordpiece/vocab.txt"
@@ -106,6 +106,36 @@ def test_the_matrices_count_the_test_samples(made, base, root):
         of_test = base.result["ume"]["test"] if score == "ume" else base.result["test"]
         diagonal = sum(int(count) for x, y, count in cells if abs(float(x) - float(y) - 6) < 0.1)
         assert diagonal == round(120 * of_test[rule]["accuracy"])
+
+
+def test_rows_are_true_classes():
+    svg = page.matrix(torch.tensor([[0, 3], [0, 1]]))
+    x, y, count = re.search(r"class='number over' x=(\S+) y=(\S+)>(\d)<", svg).groups()
+    assert count == "3" and float(x) > 150 > float(y)     # right above: 0 is taken for 1
+    assert page.most_confused(torch.tensor([[0, 3], [0, 1]]), ["<a>", "b"]) == "3 × &lt;a&gt; taken for b"
+
+
+def test_the_bars_are_the_probabilities(made, base, root):
+    """Of each model, before and after; the true class is marked and what is chosen is bold."""
+    where = root / "toy-s0/test"
+    ids, y = (where / "ids.txt").read_text().split(), np.load(where / "labels.npy")
+    step_1 = {m: tensors(base.out, f"toy/unimodal-{m}-s0", "logits")[f"test.{m}"] for m in ("audio", "visual")}
+    own = tensors(base.out, MMLORA, "logits")
+    before = {m: z.softmax(1) for m, z in step_1.items()}
+    after = {m: own[f"test.{m}"].softmax(1) for m in step_1}
+    columns = [(before["audio"], after["audio"]), (before["visual"], after["visual"]),
+               ((before["audio"] + before["visual"]) / 2, None), ((after["audio"] + after["visual"]) / 2, None)]
+    for id, card in list(samples(made[1]).items())[::9]:
+        i = ids.index(id)
+        rows = re.findall(r"<tr( class=true)?><th>[^<]+</th>(.*?)</tr>", card)
+        assert [c for c, (mark, _) in enumerate(rows) if mark] == [y[i]] and len(rows) == 8
+        for c, (_, cells) in enumerate(rows):
+            cells = re.findall(r"<td( class=chosen)? style='(.*?)' title='.*?'>(\d+)</td>", cells)
+            for (p, later), (bold, style, number) in zip(columns, cells, strict=True):
+                assert abs(int(number) - 100 * p[i, c]) <= 0.51 and f"--p:{number}%" in style
+                assert bool(bold) == (c == p[i].argmax())
+                if later is not None:
+                    assert abs(int(style.split("--a:")[1][:-1]) - 100 * later[i, c]) <= 0.51
 
 
 def test_a_sound_is_the_one_whose_spectrogram_is_stored(made, root):
@@ -328,15 +358,15 @@ SCRIPT = """<script>addEventListener("load", async () => {
 });</script>"""
 
 
-@pytest.mark.parametrize("width", [400, 1400])
-def test_filter_and_player_in_a_browser(width, made, tmp_path):
+def test_filter_and_player_in_a_browser(made, tmp_path):
+    """As wide as a telephone; nothing stands out to the right."""
     browsers = ("chromium", "chromium-browser", "google-chrome")
     browser = next(filter(None, map(shutil.which, browsers)), None)
     if browser is None:
         pytest.skip("no Chromium or Chrome here: apt-get install chromium")
     (tmp_path / "page.html").write_text(made[1].replace("</body>", SCRIPT + "</body>"))
     words = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/u",
-             f"--window-size={width},900", "--virtual-time-budget=5000", "--dump-dom",
+             "--window-size=400,900", "--virtual-time-budget=5000", "--dump-dom",
              f"file://{tmp_path}/page.html#audio=wrong&nobody=right"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     told = re.search("<pre id=\"told\">(.*?)</pre>", done.stdout)
