@@ -26,7 +26,7 @@ from torch import nn
 import data
 import evaluate
 from encoders import BERT, DeBERTa, ViT
-from harness import arguments, calibration, files, fingerprint, models, stored
+from harness import arguments, calibration, fingerprint, models, stored
 from prepare import custom, locks, media, toy, write
 from prepare.media import Item
 from pretrained import checkpoints, configs
