@@ -468,7 +468,8 @@ def check_moments(moments: dict, optimizer) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, values in moments.items():
         for name, value in values.items():
-            right = value.shape in (parameters[i].shape, ()) and value.is_floating_point()
+            right = value.shape == parameters[i].shape and value.is_floating_point()
+            right = right or value.shape == ()            # the number of steps
             if not right or values.keys() != next(iter(moments.values())).keys():
                 raise ValueError(f"optimizer/{i}/{name} does not fit")
 

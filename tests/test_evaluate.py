@@ -327,6 +327,8 @@ def test_probe_of_a_baseline_takes_its_encoders(chain):
     config = read_json(folder / "config.json")
     config["settings"] = settings | dict(method="concat")
     (folder / "config.json").write_text(json.dumps(config))
+    result = read_json(folder / "result.json") | dict(method="concat")
+    (folder / "result.json").write_text(json.dumps(result))
     save_file(tensors | {"joint.linear.weight": torch.zeros(8, 96)}, folder / "model.safetensors")
     show("--probe", "--run", JOINT, folder)
     ours, theirs = ({m: r["val"]["accuracy"] for m, r in stored_probe(f).items()}
