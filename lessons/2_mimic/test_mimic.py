@@ -13,16 +13,16 @@ def heard_and_seen(answer):
     return answer.posterior(CALL, WEIGHT, 0), answer.posterior(SHAPE, WEIGHT, 3)
 
 
-def probabilities(p, q):
-    told = {k: round(float(v), 3) for k, v in enumerate(p) if v > 0}
-    assert abs(float(p.sum()) - 1) < 1e-5, f"the probabilities {told} do not add up to 1."
-    return f"yours says {told}"
+def told(p):
+    values = {k: round(float(v), 3) for k, v in enumerate(p) if v > 0}
+    assert abs(float(p.sum()) - 1) < 1e-5, f"the probabilities {values} do not add up to 1."
+    return f"yours says {values}"
 
 
 def test_the_posterior(answer):
     for sign, perceived in ((CALL, 0), (SHAPE, 3), (CALL, 5)):
         p = answer.posterior(sign, WEIGHT, perceived)
-        yours = probabilities(p, None)
+        yours = told(p)
         silent = sign != perceived
         assert not p[silent].any(), (
             f"{yours}. Only classes with this call are possible; all others have probability 0.")
@@ -33,7 +33,7 @@ def test_the_posterior(answer):
 
 def test_the_average_ties(answer):
     p = answer.average(*heard_and_seen(answer))
-    yours = probabilities(p, None)
+    yours = told(p)
     tied = sorted(float(v) for v in p)[-3:]
     assert torch.allclose(torch.tensor(tied), torch.tensor(0.25)), (
         f"{yours}, but in the average 0, 3 and 9 are tied at 1/4: the ear gives the mimic 1/4 and"
@@ -42,7 +42,7 @@ def test_the_average_ties(answer):
 
 def test_the_product_finds_the_mimic(answer):
     p = answer.product(*heard_and_seen(answer))
-    yours = probabilities(p, None)
+    yours = told(p)
     assert torch.allclose(p, torch.eye(12)[9]), (
         f"{yours}. A product is zero where one factor is zero: only class 9 has this call AND this"
         " silhouette, so it has probability 1.")
