@@ -66,7 +66,7 @@ def test_outputs_are_stored():
         if re.search(r"print\(|plt\.show|^ *row\(", source, re.M) and "def " not in source:
             assert cell["outputs"], source
     everything = json.dumps(NOTEBOOK)
-    assert "/tmp/" not in everything and "/work/" not in everything
+    assert str(ROOT) not in everything and "/tmp/" not in everything
 
 
 def test_cells_are_short():
