@@ -25,6 +25,7 @@ from running import MMLORA, SMALL, call, result
 def pytest_runtestloop(session):
     """Two processes take the test files in turn. The first one reports for both, at the end."""
     files = [list(items) for _, items in itertools.groupby(session.items, lambda item: item.path)]
+    files.sort(key=lambda items: -items[0].path.stat().st_size)     # the short ones fill up the end
     option = session.config.option
     alone = option.collectonly or option.usepdb or option.maxfail or len(session.items) < 200
     if alone or session.testsfailed or not hasattr(os, "fork"):
