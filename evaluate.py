@@ -21,6 +21,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import harness                            # before torch: from here on Ctrl-C ends in one line
 import torch
 from torch import nn
 

@@ -11,6 +11,7 @@ Validation can only choose to stay there or to improve. The test split is used o
 """
 import math
 
+import harness                            # before torch: from here on Ctrl-C ends in one line
 import torch
 
 import data

@@ -9,6 +9,7 @@ epoch with the best validation score is kept. The test split is used once, at th
 """
 import math
 
+import harness                            # before torch: from here on Ctrl-C ends in one line
 import torch
 
 import data

@@ -10,6 +10,7 @@ left: with two modalities a mix of Eq. 3 and of Eq. 1. All are never away.
 """
 import math
 
+import harness                            # before torch: from here on Ctrl-C ends in one line
 import torch
 
 import data

@@ -15,6 +15,7 @@ Where we differ from the paper, and why:
 """
 import math
 
+import harness                            # before torch: from here on Ctrl-C ends in one line
 import torch
 
 import data

@@ -8,6 +8,7 @@ MMLoRA.
 """
 import math
 
+import harness                            # before torch: from here on Ctrl-C ends in one line
 import torch
 
 import data

@@ -7,6 +7,7 @@ Averaged logits multiply the evidence of the modalities (a product of experts). 
 """
 import math
 
+import harness                            # before torch: from here on Ctrl-C ends in one line
 import torch
 
 import data

@@ -47,6 +47,7 @@ Where we differ from the authors' code, and why:
 """
 import math
 
+import harness                            # before torch: from here on Ctrl-C ends in one line
 import torch
 
 import data

@@ -8,6 +8,7 @@ the epochs of step 1 and of step 3 (both ours: the paper does not say).
 """
 import math
 
+import harness                            # before torch: from here on Ctrl-C ends in one line
 import torch
 
 import data

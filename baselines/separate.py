@@ -8,6 +8,7 @@ this row gains over UME is due to further training.
 """
 import math
 
+import harness                            # before torch: from here on Ctrl-C ends in one line
 import torch
 
 import data

@@ -8,6 +8,7 @@ over this row is due to Eq. 3. Rate and epochs are those of `full_ume.py`.
 """
 import math
 
+import harness                            # before torch: from here on Ctrl-C ends in one line
 import torch
 
 import data

@@ -11,6 +11,7 @@ log T_m, from 0. `evaluate.py --temperature` chooses one on validation, without 
 """
 import math
 
+import harness                            # before torch: from here on Ctrl-C ends in one line
 import torch
 
 import data

@@ -1,1 +1,16 @@
-"""Raw downloads -> prepared arrays, one script a data set: `python -m prepare.crema_d --help`."""
+"""Raw downloads -> prepared arrays, one script a data set: `python -m prepare.crema_d --help`.
+
+Every script of the project imports this package first, and then torch, which takes two seconds.
+"""
+import sys
+
+
+def one_line(kind, error, trace) -> None:
+    """What Python calls at the end of a program that nobody caught an error of."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\nstopped; the same command goes on", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = one_line

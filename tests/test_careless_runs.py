@@ -530,3 +530,21 @@ def test_help_fits_the_terminal_and_names_what_there_is(script, monkeypatch):
 def test_the_suite_reads_the_errors_of_what_it_starts():
     with pytest.raises(AssertionError, match="Traceback"):
         subprocess.run([sys.executable, "-c", "1 / 0"], capture_output=True)
+
+
+# ---- Ctrl-C before there is a run ----
+
+def test_ctrl_c_while_torch_loads():
+    """The first import of a script catches it; torch is not there yet."""
+    code = "import harness, sys; assert 'torch' not in sys.modules; raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (-2, 130) and done.stderr == "\nstopped; the same command goes on\n"
+
+
+@pytest.mark.parametrize("script", ["train_unimodal.py", "train_joint.py", "evaluate.py",
+                                    *(f"baselines/{f.name}" for f in (ROOT / "baselines").glob("[a-z]*.py")
+                                      if f.stem != "parts")])
+def test_scripts_import_it_before_torch(script):
+    lines = (ROOT / script).read_text().splitlines()
+    at = [i for i, line in enumerate(lines) if line.startswith("import harness ")]
+    assert at and at[0] < lines.index("import torch")
