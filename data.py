@@ -30,6 +30,18 @@ import torch.nn.functional as F
 
 # ---- Reading ----
 
+def read_json(file: Path) -> dict:
+    """Raises ValueError where the file holds no object of JSON."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()    # half a character cannot be printed
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} is damaged: it holds no object of JSON")
+    return value
+
+
 class Split:
     """One split of a prepared data set. `len()` is the number of samples.
 
@@ -41,7 +53,7 @@ class Split:
     """
 
     def __init__(self, folder: Path, name: str, settings: dict | None = None):
-        info = json.loads((folder / "dataset.json").read_text())
+        info = read_json(folder / "dataset.json")
         self.kinds = info["modalities"]
         self.groups = groups_of(folder / name, info)
         self.labels = torch.from_numpy(np.load(folder / name / "labels.npy"))
@@ -323,10 +335,9 @@ def check(folder: Path) -> dict:
     """
     file = folder / "dataset.json"
     try:
-        info = json.loads(file.read_text(encoding="utf-8"))
-        json.dumps(info, ensure_ascii=False).encode()     # half a character cannot be printed
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no JSON ({error}); prepare the data set again") from None
+        info = read_json(file)
+    except ValueError as error:
+        raise ValueError(f"{error}; prepare the data set again") from None
     check_info(file, info)
     arrays, used = {file: None}, set()                    # file -> array; class numbers in train
     for split in ("train", "val", "test"):
@@ -346,7 +357,8 @@ def check(folder: Path) -> dict:
     if CHECKED.get(folder) != state and remembered(memory) != state:
         for file, array in arrays.items():
             if array is not None:
-                check_values(file, array, *stored(info)[file.name.removesuffix(".npy")])
+                kind, _, vocabulary = stored(info)[file.name.removesuffix(".npy")]
+                check_values(file, array, kind, vocabulary)
         absent = [name for i, name in enumerate(info["classes"]) if i not in used]
         if absent:
             print(f"{folder}: {len(absent)} classes have no train sample, nothing can learn them:"
@@ -361,11 +373,14 @@ def check(folder: Path) -> dict:
     return info
 
 
-def remembered(memory: Path):
+def remembered(memory: Path) -> dict:
+    """What checked.json holds; {} where it is not there, or damaged: then we look again."""
+    if not memory.is_file():
+        return {}
     try:
-        return json.loads(memory.read_text()) if memory.is_file() else None
-    except (ValueError, OSError, RecursionError):         # cut short: then we look again
-        return None
+        return read_json(memory)
+    except (ValueError, OSError):
+        return {}
 
 
 def need(right, file: Path, problem: str) -> None:
@@ -477,12 +492,29 @@ def check_format(file: Path, array: np.ndarray, kind: str, shape: list) -> None:
          f"shape {list(array.shape)}, but labels and dataset.json ('shapes') say {shape}")
 
 
-def check_values(file: Path, array: np.ndarray, kind: str, _, vocabulary: dict | None) -> None:
-    """Sound must be finite, token ids in their vocabulary. About 16 MiB at a time."""
+def check_values(file: Path, array: np.ndarray, kind: str, vocabulary: dict | None) -> None:
+    """Sound must be finite, token ids in their vocabulary."""
+    if kind == "audio":
+        bad = not_finite(array)
+        need(not bad, file, f"NaN or infinity in {bad}")
+    if kind == "text":
+        for samples, block in blocks(array):
+            need(0 <= block.min() and block.max() < vocabulary["vocab_size"], file,
+                 f"token ids not below the vocab_size of dataset.json in {samples}")
+
+
+def not_finite(array: np.ndarray) -> str:
+    """Where an array holds NaN or infinity: "samples 0 to 255"; "" where it does not."""
+    if array.dtype.kind == "f":                           # whole numbers are finite
+        for samples, block in blocks(array):
+            if not np.isfinite(block).all():
+                return samples
+    return ""
+
+
+def blocks(array: np.ndarray):
+    """About 16 MiB at a time: ("samples 0 to 255", the block)."""
     rows = max(1, 2 ** 24 // array[0].nbytes)
-    for start in range(0, len(array) if kind in ("audio", "text") else 0, rows):
+    for start in range(0, len(array), rows):
         block = array[start:start + rows]
-        need(kind == "text" or np.isfinite(block).all(), file,
-             f"NaN or infinity in samples {start} to {start + len(block) - 1}")
-        need(kind == "audio" or 0 <= block.min() <= block.max() < vocabulary["vocab_size"], file,
-             f"token ids not below the vocab_size of dataset.json, samples from {start} on")
+        yield f"samples {start} to {start + len(block) - 1}", block

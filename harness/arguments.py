@@ -323,21 +323,19 @@ def find_toy(folder: Path, name: str, seed: int) -> Path:
         made_by[file] = fingerprint.hash_of_code(fingerprint.PROJECT / file)
     if not why_anew(folder, made_by):
         return folder
-    lock, old = folder.with_name(f".{folder.name}.lock"), folder.with_name(f".{folder.name}.0")
-    locks.lock(lock, str(folder))
+    locks.lock(folder)
     try:
         why = why_anew(folder, made_by)                   # another process may just have made it
         if why:
             print(why, flush=True)
             if folder.exists():                           # toy.make never overwrites
+                old = folder.with_name(f".{folder.name}.0")     # toy.make clears it away
                 shutil.rmtree(old, ignore_errors=True)    # of a process that was killed just here
                 os.replace(folder, old)
             with files.naming(folder):
                 toy.make(folder, name, seed, made_by)
-    finally:                                              # also what a killed process left behind
-        for half in folder.parent.glob(f".{folder.name}.[0-9]*"):
-            shutil.rmtree(half, ignore_errors=True)
-        locks.unlock(lock)
+    finally:
+        locks.unlock(folder)
     return folder
 
 
@@ -345,7 +343,7 @@ def why_anew(folder: Path, made_by: dict) -> str:
     """Why a world must be made, as it is told; "" where it is there and of the same code."""
     if not (folder / "dataset.json").exists():
         return f"making {folder} (some seconds)"
-    before = files.read_json(folder / "dataset.json").get("made_by")
+    before = data.read_json(folder / "dataset.json").get("made_by")
     if not isinstance(before, dict):
         before = {}
     changed = [file for file in made_by if before.get(file) != made_by[file]]

@@ -10,6 +10,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from data import PLAIN_NAME
+
 
 # ---- Writing ----
 
@@ -71,18 +73,6 @@ def append_line(file: Path, value) -> None:
 
 # ---- Reading ----
 
-def read_json(file: Path) -> dict:
-    """Raises ValueError where the file holds no object of JSON."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-        json.dumps(value, ensure_ascii=False).encode()    # half a character cannot be printed
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} is damaged: it holds no object of JSON")
-    return value
-
-
 def read_lines(file: Path) -> list[dict]:
     """One object of JSON a line. Raises ValueError for any other line."""
     found = []
@@ -117,5 +107,5 @@ def read_metadata(file: Path) -> dict:
 
 def check_plain(name, what: str) -> None:
     """Raises ValueError where a name is a path, or nothing: it would lead out of its folder."""
-    if not isinstance(name, str) or not name or name.startswith(".") or set(name) & set("/\\:\0"):
+    if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
         raise ValueError(f"{what} {name!r} is no plain name")

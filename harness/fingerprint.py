@@ -12,7 +12,7 @@ import json
 import platform
 from pathlib import Path
 
-from harness.files import read_json
+from data import read_json
 
 VERSION = 1                                           # of this file's way to compute fingerprints
 PROJECT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,7 @@
 
 Every file is written under another name first and then renamed. A run that is killed at any moment
 finds whole files when it is started again, and on a CPU ends in the same bits. While it trains, a
-lock beside the folder keeps other processes out (`harness/files.py`).
+lock beside the folder keeps other processes out (`prepare/locks.py`).
 """
 import datetime
 import functools
@@ -62,7 +62,7 @@ class Run:
         self.history, self.scores, self.bar = [], {}, None
         self.start_counting()
         if not self.finished:
-            self.lock()
+            locks.lock(self.folder)
         if any((self.folder / name).exists() for name in SIGNS):
             self.compare_with_earlier(args.again)
         if self.finished:
@@ -92,13 +92,6 @@ class Run:
     def date(self) -> str:
         seconds = (self.folder / "result.json").stat().st_mtime
         return datetime.datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
-
-    def lock(self) -> None:
-        locks.lock(self.lock_file, str(self.folder))
-
-    @property
-    def lock_file(self) -> Path:
-        return self.folder.with_name(f".{self.folder.name}.lock")
 
     def compare_with_earlier(self, again: bool) -> None:
         """What to do with the run that is in the folder already."""
@@ -134,7 +127,7 @@ class Run:
 
     def move_aside(self) -> Path:
         """Into runs/<dataset>/old/, where tables do not look."""
-        self.lock()
+        locks.lock(self.folder)
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         aside, n = self.folder.parent / "old" / f"{self.folder.name}-{stamp}", 1
         while aside.exists():
@@ -334,10 +327,12 @@ class Run:
 
     def stop(self, what: str, loss: float, split: str) -> None:
         """Raises ValueError: a loss is not finite, and whose fault it is."""
-        bad = not_finite(data.Split(self.data_folder, split))
-        if bad:
-            raise ValueError(f"{self.folder}: {what} is {loss}, because the data are not finite:"
-                             f" {self.data_folder / split / bad}; prepare them again")
+        for name, array in data.Split(self.data_folder, split).arrays.items():
+            bad = data.not_finite(array)
+            if bad:
+                where = self.data_folder / split / f"{name}.npy"
+                raise ValueError(f"{self.folder}: {what} is {loss}, because the data are not"
+                                 f" finite: {where}, {bad}; prepare them again")
         raise ValueError(f"{self.folder}: {what} is {loss}. The data are finite, so the weights are"
                          " not: training diverged; try a smaller --lr, with --again")
 
@@ -352,7 +347,9 @@ class Run:
         """The epoch that a next start goes on behind: what the disk says, also after Ctrl-C within
         `save_last`."""
         file = self.folder / "last.safetensors"
-        return json.loads(files.read_metadata(file)["state"])["lines"] - 1 if file.exists() else 0
+        if not file.exists():
+            return 0
+        return json.loads(files.read_metadata(file)["state"])["lines"] - 1
 
     def save_last(self, tensors: dict, epoch: int) -> None:
         state = dict(settings=self.settings, lines=epoch + 1, best=self.best,
@@ -419,7 +416,7 @@ class Run:
         self.save_tensors("logits.safetensors", tensors)
         write_json(self.folder / "result.json", result)
         (self.folder / "last.safetensors").unlink(missing_ok=True)
-        locks.unlock(self.lock_file)
+        locks.unlock(self.folder)
         self.say_how_it_ended()
         return self
 
@@ -483,16 +480,6 @@ def commit() -> str | None:
     asked = subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True,
                            cwd=fingerprint.PROJECT)
     return asked.stdout.strip() or None
-
-
-def not_finite(split: data.Split) -> str:
-    """Where the arrays of a split hold NaN or infinity: "audio.npy, rows 0 to 255"; or ""."""
-    for name, array in split.arrays.items():
-        if array.dtype.kind == "f":
-            for row in range(0, len(array), 256):
-                if not np.isfinite(array[row:row + 256]).all():
-                    return f"{name}.npy, rows {row} to {min(row + 256, len(array)) - 1}"
-    return ""
 
 
 # ---- Memory ----

@@ -9,7 +9,7 @@ from pathlib import Path
 import data
 from encoders import BUILD
 from harness import files, metrics
-from harness.files import read_json
+from data import read_json
 from pretrained import configs
 
 # Such a run stores only what it has trained: A and B, or as little.
@@ -19,8 +19,8 @@ NAMED_IN_RESULT = ("method", "dataset", "seed", "modality", "encoder", "encoders
 # What a setting is, where it is there; without these nobody can use a run.
 KINDS = dict(method=str, dataset=str, seed=int, precision=str, frames=int, audio_shift=int,
              modality=str, encoder=str, encoders=dict, fusion=str, lora=list, rank=int,
-             unimodal=dict, classes=list, epochs=int, batch_size=int, lr=(float, int),
-             drop_path=(float, int))
+             unimodal=dict, classes=list, samples=(dict, type(None)), epochs=int, batch_size=int,
+             lr=(float, int), drop_path=(float, int))
 NEEDED = ("method", "dataset", "seed", "precision", "frames", "audio_shift")
 
 
@@ -81,15 +81,17 @@ def check_settings(settings: dict) -> None:
         raise ValueError(f"fusion {settings['fusion']}")
     if settings["method"] in ADAPTED:
         settings["unimodal"]
-    (settings.get("samples") or {}).keys()
     if not set(settings.get("lora", ())) <= encoders.keys():
         raise ValueError(f"lora {settings['lora']}")
     for name in encoders.values():
         if name not in BUILD and name.partition("-")[0] not in configs.FAMILIES:
             raise ValueError(f"no encoder is called {name}")
     sizes = settings.get("sizes") or {}
-    for of_one in map(sizes.get, encoders) if "encoders" in settings else [sizes]:
-        if of_one and "width" in of_one:
+    if "encoders" not in settings:                        # a uni-modal run has those of its own
+        sizes = {settings["modality"]: sizes}
+    for m in encoders:
+        of_one = sizes.get(m) or {}
+        if "width" in of_one:
             configs.checked("its sizes", of_one)
     if "lora" in settings and not 1 <= settings["rank"] <= configs.MOST["width"]:
         raise ValueError(f"rank {settings['rank']}")

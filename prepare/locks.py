@@ -10,19 +10,24 @@ except ImportError:                                   # Windows
     fcntl = None
     import msvcrt
 
-HELD = {}               # the locks of this process: file -> descriptor, folders made for it
+HELD = {}               # the locks of this process: folder -> descriptor, folders made for it
 
 
-def lock(file: Path, what: str) -> None:
-    """From here on no other process works on `what`. Raises ValueError, which names the one that
+def file_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def lock(folder: Path) -> None:
+    """From here on no other process works on `folder`. Raises ValueError, which names the one that
     does.
 
     The operating system holds the lock and ends it with the process, however that ends. So the lock
-    of a dead process is none, and its file means nothing.
+    of a dead process is none, and its file, beside the folder, means nothing.
     """
-    if file in HELD:
+    if folder in HELD:
         return
-    made = [folder for folder in file.parents if not folder.exists()]
+    file = file_of(folder)
+    made = [parent for parent in file.parents if not parent.exists()]
     file.parent.mkdir(parents=True, exist_ok=True)
     opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -30,17 +35,17 @@ def lock(file: Path, what: str) -> None:
     except (BlockingIOError, PermissionError):
         owner = os.read(opened, 200).decode(errors="replace") or "another process"
         os.close(opened)
-        raise ValueError(f"{what} is in use by {owner}: wait until it is done") from None
+        raise ValueError(f"{folder} is in use by {owner}: wait until it is done") from None
     except OSError:                                   # a network drive without locks
-        print(f"{what}: this drive knows no locks; do not start the same command twice")
+        print(f"{folder}: this drive knows no locks; do not start the same command twice")
     with contextlib.suppress(FileNotFoundError):
         if os.path.samestat(os.fstat(opened), file.stat()):
             os.ftruncate(opened, 0)
             os.write(opened, f"process {os.getpid()} on {platform.node()}".encode())
-            HELD[file] = opened, made
+            HELD[folder] = opened, made
             return
     os.close(opened)                                  # its last owner was just removing the file
-    lock(file, what)
+    lock(folder)
 
 
 def take(opened: int) -> None:
@@ -57,14 +62,14 @@ def take(opened: int) -> None:
 
 def unlock(*locked: Path) -> None:
     """Give these locks back, or all of this process."""
-    for file in locked or list(reversed(HELD)):
-        if file not in HELD:
+    for folder in locked or list(reversed(HELD)):
+        if folder not in HELD:
             continue
-        opened, made = HELD.pop(file)
+        opened, made = HELD.pop(folder)
         if fcntl:                                     # Windows removes no open file
-            file.unlink(missing_ok=True)
+            file_of(folder).unlink(missing_ok=True)
             fcntl.flock(opened, fcntl.LOCK_UN)
         os.close(opened)
         with contextlib.suppress(OSError):            # folders in which there is something now
-            for folder in made:
-                folder.rmdir()
+            for parent in made:
+                parent.rmdir()

@@ -3,7 +3,6 @@ import argparse
 import os
 import re
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
@@ -85,24 +84,6 @@ def check_name(name: str, script: str) -> None:
     if re.sub(r"-s\d+$", "", name) in taken:     # toy-s0 is where the toy of seed 0 lies
         raise ValueError(f"--name {name}: that is a data set of the paper or a toy, and --dataset"
                          " would take yours for it; choose another name")
-
-
-def remove_stale(folder: Path) -> None:
-    """Remove .<folder>.<process>, which processes that were killed have left beside `folder`."""
-    for left in folder.parent.glob(f".{folder.name}.*"):
-        process = left.suffix[1:]
-        if process.isdecimal() and not is_alive(int(process)):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)     # no signal: it only asks
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return True
 
 
 def run(main) -> None:

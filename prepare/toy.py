@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 
 from data import log_mel
-from prepare import creatures, options, toy_encoders
+from prepare import creatures, locks, options, toy_encoders
 
 # off: the share of samples whose sound, and of others whose picture, is off the subject.
 # decibel: how much louder a call is than the noise; contrast: of a silhouette.
@@ -132,15 +132,18 @@ def samples(world: dict, y: torch.Tensor, rng: torch.Generator) -> tuple:
 def make(folder: Path, name: str, seed: int, made_by=None) -> None:
     """Generate the world `name` in the prepared format. The same seed gives the same files.
 
-    made_by: fingerprints of the code that generates it; dataset.json keeps them.
+    made_by: fingerprints of the code that generates it; dataset.json keeps them. Raises ValueError
+    while another process makes it.
     """
-    options.remove_stale(folder)
+    locks.lock(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         generate(temporary, name, seed)
         write_info(temporary, folder, name, seed, made_by)
-    finally:     # after a full disk or Ctrl-C
-        shutil.rmtree(temporary, ignore_errors=True)
+    finally:     # after a full disk or Ctrl-C; also what a killed process has left
+        for half in folder.parent.glob(f".{folder.name}.[0-9]*"):
+            shutil.rmtree(half, ignore_errors=True)
+        locks.unlock(folder)
 
 
 def recordings(name: str, seed: int, split: str, n: int):

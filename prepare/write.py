@@ -242,8 +242,8 @@ def new_folder(folder: Path, overwrite: bool):
     Raises ValueError where another process is at it. What a killed process left is cleared away.
     """
     partial = folder.with_name(f"{folder.name}.partial")
-    old, lock = folder.with_name(f"{partial.name}-old"), folder.with_name(f".{folder.name}.lock")
-    locks.lock(lock, str(folder))
+    old = folder.with_name(f"{partial.name}-old")
+    locks.lock(folder)
     try:
         clear(partial, old, folder)
         if folder.exists() and not overwrite:
@@ -258,7 +258,7 @@ def new_folder(folder: Path, overwrite: bool):
         raise
     finally:     # after an error or Ctrl-C, too: nothing half-written stays
         clear(partial, old, folder)
-        locks.unlock(lock)
+        locks.unlock(folder)
 
 
 def clear(partial: Path, old: Path, folder: Path) -> None:

@@ -4,13 +4,13 @@ Beside the weights lies config.json (transformers: BERT, DeBERTa) or open_clip_c
 Our encoders compute these architectures as the public weights need them. So every setting
 that they do not follow is an error that names it.
 """
-import json
 import os
 import re
 from pathlib import Path
 
 from torch.nn import functional as F
 
+from data import read_json
 from encoders import BERT, BUILD, DeBERTa, ViT
 from pretrained.formats import FOREIGN, weights_in
 from pretrained.tokenizer import Tokenizer, load_tokenizer
@@ -88,21 +88,13 @@ def checked(file: Path | str, sizes: dict) -> dict:
 
 
 def foreign_beside(path: Path) -> str | None:
-    """As `files.foreign`, out of the config.json beside a file or in a folder."""
+    """As `formats.foreign`, out of the config.json beside a file or in a folder."""
     file = (path if path.is_dir() else path.parent) / "config.json"
     family = str(read_json(file).get("model_type")) if file.is_file() else None
     if family not in FOREIGN:
         return None
     what, _, instead = FOREIGN[family]
     return f"{what}; take {instead}"
-
-
-def read_json(file: Path) -> dict:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
-    return an_object(config, file)
 
 
 def an_object(value, file: Path) -> dict:

@@ -228,7 +228,7 @@ def store_rate(world, name, command_line, rate, tried) -> None:
 def read(study: str) -> dict:
     """World -> row -> what is known; {} where nothing is."""
     file = HERE / f"{study}.json"
-    return files.read_json(file) if file.exists() else {}
+    return data.read_json(file) if file.exists() else {}
 
 
 def store(study: str, world: str, name: str, value: dict) -> None:
@@ -245,13 +245,13 @@ def store(study: str, world: str, name: str, value: dict) -> None:
 
 def record(label: str, command_line: str, found: dict[int, runs.Run], numbers) -> dict:
     """What a JSON file says of a row. found: seed -> run; numbers(run) -> what a seed has."""
-    configs = [files.read_json(run.folder / "config.json") for run in found.values()]
+    configs = [data.read_json(run.folder / "config.json") for run in found.values()]
     first = next(iter(found.values()))
     seconds = [run.result["seconds"] for run in found.values()]
     epochs = str(first.settings["epochs"])
     if "unimodal" in first.settings:
         base = next(iter(first.settings["unimodal"].values()))["run"]
-        step_1 = files.read_json(first.folder.parent / base / "config.json")["settings"]["epochs"]
+        step_1 = data.read_json(first.folder.parent / base / "config.json")["settings"]["epochs"]
         epochs = f"{step_1} + {epochs}"
     return dict(label=label, command=command_line, lr=first.settings["lr"], epochs=epochs,
                 trained=first.result["trained_parameters"], seconds=sum(seconds) / len(seconds),
@@ -440,7 +440,7 @@ def laziness_study(args, world: str) -> None:
             seeds = {}
             for seed in args.seeds:
                 file = Path(args.out, world, f"probe-{m}-{encoder}-s{seed}", "probe.json")
-                seeds[str(seed)] = {m: percent(files.read_json(file)[m]["test"]["accuracy"])}
+                seeds[str(seed)] = {m: percent(data.read_json(file)[m]["test"]["accuracy"])}
             store("laziness", world, f"pretrained_{m}", dict(
                 label=f"pre-trained, {m}", seeds=seeds, commits=[str(runs.commit())],
                 command=f"python evaluate.py --probe --dataset {world} --modality {m} --seeds "
@@ -454,7 +454,7 @@ def store_probe(args, world: str, name: str, label: str, found: dict) -> None:
         evaluate(args, "--probe", "--run", *new)
 
     def numbers(run):
-        probed = files.read_json(run.folder / "probe.json")
+        probed = data.read_json(run.folder / "probe.json")
         return {m: percent(probed[m]["test"]["accuracy"]) for m in probed}
     full = record(label, "python evaluate.py --probe --run RUN ...", found, numbers)
     kept = ("label", "command", "commits", "versions", "seeds")

@@ -16,6 +16,7 @@ import re
 import statistics
 from pathlib import Path
 
+import data
 from harness import compare, files
 from harness.arguments import guard
 from harness.report import mean_std
@@ -45,7 +46,7 @@ PROBES = ("pretrained", "unimodal", "concat", "ogm_ge", "mmlora")
 def read(study: str, world: str) -> dict:
     """Row -> what the JSON file says of it. Raises ValueError where nothing is known."""
     file = HERE / f"{study}.json"
-    known = files.read_json(file).get(world, {}) if file.exists() else {}
+    known = data.read_json(file).get(world, {}) if file.exists() else {}
     if not known:
         raise ValueError(f"{file} has nothing of {world}: python -m results.study --worlds {world}"
                          f" --studies {study}")

@@ -21,7 +21,7 @@ import data
 import encoders
 from baselines import g_blending, mla, ogm_ge, parts, pmr
 from harness import arguments, fingerprint, metrics, models, optim, runs
-from harness.files import read_json
+from data import read_json
 from lora import add_lora
 from paper import settings as paper
 from prepare import toy

@@ -13,7 +13,7 @@ import data
 import encoders
 from baselines import mbt, mmbt, parts, pmf
 from harness import arguments, fingerprint, metrics, models, optim, runs
-from harness.files import read_json
+from data import read_json
 from prepare import toy
 from pretrained import checkpoints
 from running import call, error

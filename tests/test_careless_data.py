@@ -127,7 +127,7 @@ def test_memory_is_no_way_out_of_the_folder(birds, tmp_path):
     ("shapes", dict.fromkeys(KINDS, [True]), "'shapes' must have a list of numbers"),
     ("tokenizer", dict(kind="wordpiece", vocab_size=10 ** 30), "vocab_size"),
     ("tokenizer", dict(kind="wordpiece", vocab_size=10.0), "vocab_size"),
-    ("classes", ["\ud800", "b", "c"], "is no JSON .*can't encode"),
+    ("classes", ["\ud800", "b", "c"], "dataset.json is damaged: .*can't encode.*prepare the data set again"),
     ("shapes", dict.fromkeys(KINDS, [1.0]), "'shapes' must have a list of numbers"),
     ("counts", {"train": 7}, "dataset.json: 'counts' says 7 train samples, but there are 6"),
     ("counts", 3, "'counts'"),
@@ -528,12 +528,15 @@ def test_what_a_killed_prepare_left_is_cleared_away(tmp_path):
 
 def test_toys_of_dead_processes_are_cleared_away(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "SIZES", {"toy": {"train": 8, "val": 8, "test": 8}})
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    for process in (dead.pid, os.getppid()):
-        (tmp_path / f".toy-s0.{process}" / "train").mkdir(parents=True)
-    toy.make(tmp_path / "toy-s0", "toy", 0)
-    assert sorted(f.name for f in tmp_path.iterdir()) == [f".toy-s0.{os.getppid()}", "toy-s0"]
+    half = tmp_path / ".toy-s0.4711" / "train"
+    half.mkdir(parents=True)
+    with open(tmp_path / ".toy-s0.lock", "w") as other:     # that process still works on it
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="in use"):
+            toy.make(tmp_path / "toy-s0", "toy", 0)
+        assert half.exists()
+    toy.make(tmp_path / "toy-s0", "toy", 0)                 # now it is dead
+    assert [f.name for f in tmp_path.iterdir()] == ["toy-s0"]
     assert data.check(tmp_path / "toy-s0")
 
     def full(*rest):

@@ -16,7 +16,7 @@ from torchvision.io import write_png
 import data
 import evaluate
 from harness import models
-from harness.files import read_json
+from data import read_json
 from prepare import custom
 from pretrained import checkpoints
 from running import call, error

@@ -19,7 +19,7 @@ import data
 import evaluate
 from encoders import BUILD, ResNet, UnimodalModel, ViT, build
 from harness import metrics, models
-from harness.files import read_json
+from data import read_json
 from harness.linear import logistic_regression, standardise
 from lora import merge_lora
 from paper import settings as paper

@@ -420,7 +420,7 @@ def read_as(kind, *shape):
     def read(file):
         row = media.read_item(Item("a", "b", {"x": file}), {"x": kind}, args)["x"]
         data.check_format(file, row[None], kind, [1, *shape])
-        data.check_values(file, row[None], kind, None, None)
+        data.check_values(file, row[None], kind, None)
         return row
 
     return read

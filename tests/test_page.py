@@ -163,7 +163,7 @@ def test_a_sound_that_is_not_stored_is_not_played(base, root, monkeypatch):
     monkeypatch.setattr(toy, "recordings", other)
     run = page.runs.Run.open(base.run)
     split = data.Split(root / "toy-s0", "test")
-    test = page.Test(files.read_json(root / "toy-s0/dataset.json"), split, [], [], None)
+    test = page.Test(data.read_json(root / "toy-s0/dataset.json"), split, [], [], None)
     sounds, notes = page.sounds_of(run, test, list(range(10)))
     assert sorted(sounds) == [1, 3, 5, 7, 9] and notes[0].startswith("No player for 5 samples")
 
