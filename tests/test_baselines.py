@@ -31,9 +31,6 @@ METHODS = ("concat", "ogm_ge", "g_blending", "pmr", "mla")
 # of data sets that paper/settings.py does not know
 TOWERS = ["--encoder", "audio=audio_vit_toy", "visual=vit_toy", "visual2=vit_toy"]
 
-# `call` runs a module as python -m does, though these tests have imported it before
-pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-
 
 # ---------------------------------------------------------------------------- the real scripts
 @pytest.fixture(scope="module")

@@ -22,7 +22,6 @@ from test_baselines import (decayed_names, killed_and_resumed, logged, parameter
 from test_baselines import watch  # noqa: F401  a fixture
 
 MENU = ["--dataset", "menu", "--encoder", "visual=vit_toy", "text=bert_small"]
-pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 
 
 # ---------------------------------------------------------------------------- towers and inputs

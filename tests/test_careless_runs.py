@@ -435,7 +435,8 @@ def test_again_trains_a_damaged_run_anew(stopped, root, capsys):
 
 @pytest.mark.parametrize("content", [b"", b"[]\n", b'{"epoch": 0}\n', b"\xff\n",
                                      b'{"epoch": 0, "val": {"audio": {"accuracy": "x"}}}\n'])
-def test_curves_of_a_damaged_log(content, copied, root):
+def test_plot_of_a_damaged_log(content, copied, root):
+    pytest.importorskip("matplotlib")
     file = copied / AUDIO / "log.jsonl"
     file.write_bytes(content)
     told = error("evaluate.py", "--run", file.parent, "--plot", root=root)
@@ -501,7 +502,6 @@ TRAINING = ["train_unimodal.py", "train_joint.py",
 PREPARE = [f"prepare.{name}" for name in (*arguments.PREPARED, "custom", "toy")]
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
 @pytest.mark.parametrize("script", [*TRAINING, *PREPARE, "evaluate.py", "paper.tables"])
 def test_help_fits_the_terminal_and_names_what_there_is(script, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")

@@ -15,8 +15,6 @@ from running import QUICK, call, error, log_of, result, table, tensors
 ONE = [*QUICK, "--epochs", 1]         # on the uni-modal models of `base`
 STEPS = 2                             # so many they are
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-
 
 def predicted_again(out, run, root):
     """Test logits of a stored run, from its files: modality -> (N, C)."""

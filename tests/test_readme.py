@@ -156,7 +156,6 @@ def test_there_are_commands():
 
 
 # Another test may have imported the module that is run here.
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
 @pytest.mark.parametrize("command", [line for line in RUN if line != DOWNLOADS])
 def test_command(folder, command, capsys, monkeypatch):
     if command.startswith("diff "):                   # both files are there, and differ

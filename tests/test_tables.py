@@ -20,7 +20,6 @@ from paper import results, tables
 from running import ROOT, call, error, result
 
 # These tests import `paper.tables`, and run it as a script, too.
-pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
 
 VIT = {"audio": "audio_vit_b", "visual": "vit_b16"}
 RESNET = {"audio": "resnet18", "visual": "resnet18"}
