@@ -9,7 +9,8 @@
 
 For each world, first a learning rate for each row: three rates, a factor of about three apart. The
 best on validation of seeds 0 and 1 is taken. While it is the lowest or the highest, one more is
-tried, so the winner has a worse one on either side. Then the fresh seeds. A row is a command that
+tried, so the winner has a worse one on either side. Then the fresh seeds. Of `grid_av`, see
+docs/clips.md, a seed has no world of its own, only its own weights. A row is a command that
 anybody can type; it stands in the JSON file beside its results, with the commit and the versions.
 One process, one thread. Runs are kept in --out, and a finished one is not trained again.
 
@@ -38,9 +39,10 @@ from paper import settings as paper
 from results import tables
 
 HERE = fingerprint.PROJECT / "results"
-WORLDS = ("toy", "toy_mismatched", "toy_mimics")
+WORLDS, CLIPS = tables.WORLDS, tables.CLIPS
 STUDIES = ("main", "ablations", "shares", "laziness", "missing", "sgd")
 FRESH = tuple(range(30, 40))           # no world and no rate was chosen on them
+FRESH_OF_CLIPS = FRESH[:3]
 TUNED_ON = (0, 1)
 SERIES = [float(f"{digit}e{k}") for k in range(-7, 2) for digit in (1, 3)]
 MOST_RATES = 7                         # an edge may win so long
@@ -91,6 +93,9 @@ for modality in ("audio", "visual"):
 # The methods whose authors train with SGD, and the baseline that they are compared with.
 SGD = {f"{name}_sgd": Row(f"{MAIN[name].label}, SGD", MAIN[name].script, ("--optimizer", "sgd"),
                           0.03, False) for name in ("concat", "ogm_ge", "pmr", "mla")}
+# Without pre-trained weights: LoRA alone, on random weights, would be no comparison.
+OF_CLIPS = [name for name in tables.SHORT if name in MAIN and name != "no_umft"]
+CLIPS_WORDS = ("--encoder", "resnet_small", "--pretrained", "none", "--batch-size", "32")
 # Rows whose rate is that of another row.
 RATE_OF = {"mmlora r8": "rank 8"}
 OF_A_SHARE = {name: MAIN[name] for name in ("mmlora", "separate", "full_ume", "no_umft", "concat")}
@@ -110,7 +115,8 @@ def train(args, row: Row, world: str, seed: int, words=(), out: str = "") -> run
     if row.script not in SCRIPTS:
         SCRIPTS[row.script] = runpy.run_path(str(fingerprint.PROJECT / row.script))
     script = SCRIPTS[row.script]
-    words = ["--dataset", world, "--seed", str(seed), *row.words, *words, "--device", "cpu"]
+    words = ["--dataset", world, "--seed", str(seed), *row.words, *words_of(world), *words,
+             "--device", "cpu"]
     sys.argv = [row.script, *words, "--out", out or args.out, "--data-root", args.data_root]
     p = script["parser"]()
     asked = p.parse_args(sys.argv[1:])
@@ -125,8 +131,19 @@ def train(args, row: Row, world: str, seed: int, words=(), out: str = "") -> run
 def command(row: Row, world: str, seeds, words=()) -> str:
     module = row.script.removesuffix(".py").replace("/", ".")
     script = row.script if module == row.script.removesuffix(".py") else f"-m {module}"
-    return " ".join(["python", script, "--dataset", world, *row.words, *words, "--seeds",
-                     *map(str, seeds)])
+    return " ".join(["python", script, "--dataset", world, *row.words, *words_of(world), *words,
+                     "--seeds", *map(str, seeds)])
+
+
+def words_of(world: str) -> tuple[str, ...]:
+    return CLIPS_WORDS if world == CLIPS else ()
+
+
+def encoders_of(world: str) -> dict[str, str]:
+    """Modality -> encoder."""
+    if world == CLIPS:
+        return dict(audio="resnet_small", visual="resnet_small")
+    return paper.encoders_for(world)
 
 
 def wanted(args, world: str, name: str) -> bool:
@@ -140,7 +157,7 @@ def wanted(args, world: str, name: str) -> bool:
 def start_of(row: Row, world: str) -> float:
     if isinstance(row.start, float):
         return row.start
-    return paper.joint_lr(world, paper.encoders_for(world), row.start)
+    return paper.joint_lr(world, encoders_of(world), row.start)
 
 
 def search(first: float, score) -> tuple[float, dict]:
@@ -197,10 +214,10 @@ def umft_rate(args, world: str) -> float:
         def train_all():
             out = f"{args.out}/umft-lr{rate:g}"
             return [train(args, alone(m), world, seed, ["--lr", f"{rate:g}"], out)
-                    for m in paper.encoders_for(world) for seed in TUNED_ON]
+                    for m in encoders_of(world) for seed in TUNED_ON]
         return validation_of(train_all)
 
-    default = paper.umft_lr(world, paper.encoders_for(world)["audio"], "audio")
+    default = paper.umft_lr(world, encoders_of(world)["audio"], "audio")
     rate, tried = search(default, score)
     store_rate(world, "umft", command(alone("audio | visual"), world, TUNED_ON), rate, tried)
     return rate
@@ -289,8 +306,15 @@ def step_1_of(run: runs.Run) -> dict[str, runs.Run]:
             for m, base in run.settings["unimodal"].items()}
 
 
+def rows_of(world: str) -> dict[str, Row]:
+    """The rows of the main table."""
+    if world == CLIPS:
+        return {name: MAIN[name] for name in OF_CLIPS}
+    return MAIN
+
+
 def main_study(args, world: str) -> None:
-    for name, row in MAIN.items():
+    for name, row in rows_of(world).items():
         if wanted(args, world, name):
             found = train_row(args, "main", world, name, row)
             if name in GAINS:
@@ -492,12 +516,12 @@ def missing_study(args, world: str) -> None:
 def main() -> None:
     p = argparse.ArgumentParser(prog="python -m results.study", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--worlds", nargs="+", choices=WORLDS, default=WORLDS, metavar="WORLD",
-                   help=f"default: {' '.join(WORLDS)}")
+    p.add_argument("--worlds", nargs="+", choices=(*WORLDS, CLIPS), default=WORLDS,
+                   metavar="WORLD", help=f"default: {' '.join(WORLDS)}; {CLIPS}: only main")
     p.add_argument("--studies", nargs="+", choices=STUDIES, default=STUDIES, metavar="STUDY",
                    help=f"default: {' '.join(STUDIES)}")
-    p.add_argument("--seeds", nargs="+", type=int, default=FRESH, metavar="SEED",
-                   help="default: 30 to 39")
+    p.add_argument("--seeds", nargs="+", type=int, metavar="SEED",
+                   help=f"default: 30 to 39; {CLIPS}: 30 to 32")
     p.add_argument("--only", nargs="+", metavar="WORLD:ROW", help="a part; * stands for anything")
     p.add_argument("--tune", action="store_true", help="stop after the learning rates")
     p.add_argument("--out", default="runs/study", metavar="FOLDER",
@@ -506,16 +530,19 @@ def main() -> None:
                    help="of the prepared data; default: data")
     args = p.parse_args()
     torch.set_num_threads(1)
+    seeds = args.seeds
     for world in args.worlds:
+        args.seeds = seeds or (FRESH_OF_CLIPS if world == CLIPS else FRESH)
         umft_rate(args, world)
         if args.tune:
-            for name, row in {**MAIN, **ABLATIONS, **SGD}.items():
+            others = {} if world == CLIPS else {**ABLATIONS, **SGD}
+            for name, row in {**rows_of(world), **others}.items():
                 if wanted(args, world, name):
                     rate_of(args, world, name, row)
             continue
         do = dict(main=main_study, ablations=ablation_study, shares=share_study,
                   laziness=laziness_study, missing=missing_study, sgd=sgd_study)
-        for study in args.studies:
+        for study in ("main",) if world == CLIPS else args.studies:
             do[study](args, world)
     if not args.tune:
         tables.fill()
