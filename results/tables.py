@@ -103,11 +103,9 @@ def main_table() -> str:
     for world in WORLDS:
         head += [f"`{world}`", "- UME"]
     for name in SHORT:
-        rows = {world: studies[world][name] for world in WORLDS}
-        line = [rows[WORLDS[0]]["label"]]
-        for world, row in rows.items():
-            line.append(f"{mean_std(list(accuracies(row).values()))[0]:.1f}")
-            line.append(difference_cell(paired(row, studies[world]["ume"]), digits=1))
+        line = [studies[WORLDS[0]][name]["label"]]
+        for study in studies.values():
+            line += both_cells(study.get(name), study["ume"])
         lines.append(line)
     return markdown(head, lines)
 
@@ -147,6 +145,8 @@ def differences(world: str) -> str:
 def calibration(world: str) -> str:
     rows, lines = read("main", world), []
     for name in CALIBRATION:
+        if name not in rows:
+            continue
         seeds = rows[name]["seeds"].values()
         lines.append([rows[name]["label"], mean_cell([s["accuracy"] for s in seeds]),
                       mean_cell([s["nll"] for s in seeds], 3), mean_cell([s["ece"] for s in seeds]),
