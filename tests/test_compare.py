@@ -251,6 +251,19 @@ def test_tables_in_the_documents_are_those_of_the_json_files():
         assert tables.filled(text) == text, f"{name}: python -m results.tables"
 
 
+@pytest.mark.parametrize("name", tables.FILES)
+def test_the_text_quotes_the_tables(name):
+    """A mean with its error, in the text, stands in a table of this page or of docs/toy.md."""
+    text = (ROOT / name).read_text()
+    made = [block[0] for page in (text, (ROOT / "docs/toy.md").read_text())
+            for block in tables.BLOCK.finditer(page)]
+    shown = "".join(made)
+    prose = re.sub(r"```.*?```|`.*?`", "", tables.BLOCK.sub("", text), flags=re.DOTALL)
+    for quoted in re.findall(r"[+-]?\d+\.\d+\s\+-\s\d+\.\d+", prose):
+        number = re.escape(" ".join(quoted.split()))
+        assert re.search(rf"(?<![\d.]){number}(?!\d)", shown), f"{name}: {quoted}"
+
+
 def a_row(label, values, **more):
     return dict(label=label, command="", commits=["c"], versions={}, **more,
                 seeds={str(s): dict(accuracy=v) for s, v in values.items()})
