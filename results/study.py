@@ -93,8 +93,8 @@ for modality in ("audio", "visual"):
 # The methods whose authors train with SGD, and the baseline that they are compared with.
 SGD = {f"{name}_sgd": Row(f"{MAIN[name].label}, SGD", MAIN[name].script, ("--optimizer", "sgd"),
                           0.03, False) for name in ("concat", "ogm_ge", "pmr", "mla")}
-# Without pre-trained weights: LoRA alone, on random weights, would be no comparison.
-OF_CLIPS = [name for name in tables.SHORT if name in MAIN and name != "no_umft"]
+# No row without UMFT: there are no pre-trained weights, and LoRA alone on random ones is nothing.
+OF_CLIPS = ("concat", "frozen", "separate", "full_ume", "mmlora")
 CLIPS_WORDS = ("--encoder", "resnet_small", "--pretrained", "none", "--batch-size", "32")
 # Rows whose rate is that of another row.
 RATE_OF = {"mmlora r8": "rank 8"}

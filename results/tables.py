@@ -33,8 +33,7 @@ METHODS = ("unimodal_audio", "unimodal_visual", "concat", "ogm_ge", "g_blending"
            "ume_logits", "ume", "ume_T", "ume_T_nll", "ume_T_each", "ume_weighted", "separate",
            "separate_full", "small_heads", "small_biases", "small_norms", "small_temperatures",
            "drop_modality", "all_linear", "full_ume", "mmlora", "mmlora_T")
-SHORT = ("concat", "frozen", "no_umft", "ume_logits", "ume", "ume_T", "separate", "full_ume",
-         "mmlora", "mmlora_T")
+SHORT = ("concat", "no_umft", "ume_logits", "ume", "ume_T", "separate", "mmlora", "mmlora_T")
 CALIBRATION = ("ume", "ume_T", "ume_T_nll", "ume_T_each", "ume_T_each_nll", "ume_weighted",
                "mmlora_T_none", "mmlora_T", "mmlora_T_nll", "mmlora_T_each", "mmlora_T_each_nll",
                "mmlora_weighted")
@@ -98,7 +97,7 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 # ---- Tables ----
 
 def main_table() -> str:
-    """README: some rows, all worlds."""
+    """README: some rows of all worlds."""
     studies, head, lines = {world: read("main", world) for world in WORLDS}, [""], []
     for world in WORLDS:
         head += [f"`{world}`", "- UME"]
