@@ -15,34 +15,17 @@
 The paper's tables beside our runs: `python -m paper.tables 5`.
 """
 import argparse
-import json
-import re
-import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import harness                            # before torch: from here on Ctrl-C ends in one line
 import torch
 from torch import nn
 
 import data
-from encoders import BERT, BUILD, AudioViT, DeBERTa, ResNet, ViT, quick_gelu
-from harness import (arguments, calibration, compare, files, fingerprint, linear, metrics, page,
-                     report, runs, stored)
-from harness.models import load_run, pretrained_model
-from lora import merge_lora
-from prepare import media, toy
-from pretrained import checkpoints, formats
-
-
-def predict(models, split: data.Split, args, settings: dict) -> dict:
-    """Modality -> logits (N, C) of its own model."""
-    models.to(args.device)
-
-    def forward(x):
-        with metrics.autocast(args.device, settings):
-            return {m: models[m](x[m]) for m in x}
-    return metrics.predict(forward, models, split, args.device, settings)
+from encoders import BUILD
+from harness import (arguments, clip, export, files, fingerprint, from_logits, linear, metrics,
+                     page, report, runs, stored)
+from harness.models import load_run, predict, pretrained_model
 
 
 # ---- Test scores, with and without some modalities ----
@@ -65,7 +48,7 @@ def score_rows(args, folder: Path, where: Path, info: dict, settings: dict, mode
     logits = {}
     if "unimodal" in settings:                            # what the run started from
         logits["UME"] = stored.logits_of_step_1(folder, settings, "test", len(test))
-    logits["together"] = predict(models, test, args, settings)
+    logits["together"] = predict(models, test, args.device, settings)
 
     rows = []
     for name, of_all in logits.items():
@@ -85,86 +68,14 @@ def score_rows(args, folder: Path, where: Path, info: dict, settings: dict, mode
     return [(label, [(score, None)]) for label, score in rows]
 
 
-# ---- From stored logits, no model needed: temperatures, weights ----
-
-def calibration_rows(args, folder: Path) -> dict[str, dict]:
-    """Label -> test accuracy, NLL, ECE: as it is, and with what validation chose; of UME and of the
-    run itself. The labels are the same for all seeds; what was chosen is printed."""
-    where, info, settings = open_data_of(args, folder)
-    y = {split: data.Split(where, split).labels for split in ("val", "test")}
-    val, test = (calibration.stored(folder, split) for split in ("val", "test"))
-    asked = [("T", args.temperature, by) for by in ("accuracy", "nll") if args.temperature]
-    if args.fusion == "weighted":
-        asked.append(("weights", "weighted", "accuracy"))
-    rows = {}
-    print(f"\n{folder}. Chosen on validation:")
-    for base, of_test in test.items():
-        name = base if base == "UME" else report.NAMES[settings["method"]]
-        p = calibration.fuse(of_test, *calibration.unchanged(list(of_test)))
-        rows[name] = calibration.scores(p, y["test"])
-        for what, kind, by in asked:
-            temperatures, weights = calibration.choose(kind, by, val[base], y["val"])
-            p = calibration.fuse(of_test, temperatures, weights)
-            label = f"{name}, {what} by {by if by == 'accuracy' else by.upper()}"
-            rows[label] = calibration.scores(p, y["test"])
-            chosen = temperatures if what == "T" else weights
-            told = ", ".join(f"{m} {value:.3g}" for m, value in chosen.items())
-            print(f"    {label}: {told}")
-    return rows
-
-
-def open_data_of(args, folder: Path) -> tuple:
-    """-> folder of the prepared data of a finished run, its dataset.json, the run's settings.
-
-    Raises ValueError for data with several labels a sample.
-    """
-    stored.check_finished(folder)
-    say_changes(folder)
-    settings = stored.read_config(folder)["settings"]
-    where = arguments.find(args.data_root, settings["dataset"], settings["seed"])
-    info = data.check(where)
-    calibration.only_one_label(info)
-    return where, info, settings
-
-
-def show_calibration(args) -> None:
-    """A table a run; of runs that differ in the seed alone also the mean."""
-    same = {}
-    for folder in args.run:
-        rows = calibration_rows(args, folder)
-        print_calibration(str(folder), [rows])
-        settings = stored.read_config(folder)["settings"]
-        same.setdefault(stored.but_seed(settings), []).append((folder.name, rows))
-    for group in same.values():
-        if len(group) > 1:
-            names, tables = zip(*group)
-            print_calibration("Mean +- standard deviation of " + ", ".join(names), tables)
-
-
-def print_calibration(title: str, tables) -> None:
-    print(f"\n{title}: test. ECE: {calibration.BINS} bins of equal width.")
-    print(f"{'':36}{'accuracy':>14}{'NLL':>16}{'ECE, %':>14}")
-    for label in tables[0]:
-        cells = ""
-        for key, times, digits, width in (("accuracy", 100, 1, 14), ("nll", 1, 3, 16),
-                                          ("ece", 100, 1, 14)):
-            mean, std = report.mean_std([times * rows[label][key] for rows in tables])
-            text = f"{mean:.{digits}f}"
-            if len(tables) > 1:
-                text += f" +- {std:.{digits}f}"
-            cells += f"{text:>{width}}"
-        if len(label) > 36:                               # on a line of its own
-            print(label)
-            label = ""
-        print(f"{label:36}{cells}")
-
+# ---- The page ----
 
 def show_page(args, folder: Path) -> None:
     """page.html in the folder of a run. Its samples stand beside the stored logits, so the data
     must be those of the run."""
     stored.check_finished(folder)
     config = stored.read_config(folder)
-    say_changes(folder)
+    fingerprint.say_changes(folder)
     where = arguments.find(args.data_root, config["settings"]["dataset"],
                            config["settings"]["seed"])
     learnt_from = (config.get("fingerprint") or {}).get("data")
@@ -172,99 +83,6 @@ def show_page(args, folder: Path) -> None:
         raise ValueError(f"{where} is not what {folder} has learnt from: --page would show other"
                          " samples beside its predictions; train it anew with --again")
     print(f"wrote {page.write(folder, where, args.tokenizer)}")
-
-
-# ---- Two methods on the same samples ----
-
-def show_comparison(args) -> None:
-    """--compare A B: the same test samples, seed by seed; then over the seeds."""
-    folder_a, folder_b = args.compare
-    ume = str(folder_b) == "ume"                          # of A
-    if ume:
-        folder_b = folder_a
-    opened, differences, gains = [], [], []
-    for seed in args.seeds or [None]:                     # what has changed is said above the table
-        a, b = with_seed(folder_a, seed), with_seed(folder_b, seed)
-        where, _, settings = open_data_of(args, a)
-        if not ume:
-            open_data_of(args, b)
-            check_same_samples(a, b)
-        opened.append((a, b, where, settings["seed"]))
-    print(f"\nA {folder_a}\nB {'what A started from, UME' if ume else folder_b}\n")
-    print(f"{'seed':>6}{'A':>8}{'B':>8}{'A - B':>8}{'both right':>13}{'only A':>9}{'only B':>9}"
-          f"{'neither':>9}{'p':>9}")
-    for a, b, where, seed in opened:
-        y = data.Split(where, "test").labels
-        right_a, right_b = right_of(a, "run", y), right_of(b, "UME" if ume else "run", y)
-        of_a, of_b = (100 * float(right.double().mean()) for right in (right_a, right_b))
-        differences.append(of_a - of_b)
-        t = compare.table(right_a, right_b)
-        print(f"{seed:>6}{of_a:>8.1f}{of_b:>8.1f}{of_a - of_b:>+8.2f}"
-              f"{t['both']:>13}{t['only_a']:>9}{t['only_b']:>9}{t['neither']:>9}{t['p']:>9.2g}")
-        experts = experts_of((a, b), y)
-        if experts:
-            gains.append(compare.gain_by_experts(right_a, right_b, experts))
-    print("p: McNemar's exact test on the samples that only one of them gets right.")
-    print_over_seeds(differences)
-    print_gains(gains)
-
-
-def with_seed(folder: Path, seed: int | None) -> Path:
-    if seed is None:
-        return folder
-    name, found = re.subn(r"-s\d+$", f"-s{seed}", folder.name)
-    if not found:
-        raise ValueError(f"{folder}: --seeds needs names that end in a seed, like mmlora-all-r1-s0")
-    return folder.with_name(name)
-
-
-def check_same_samples(a: Path, b: Path) -> None:
-    """ValueError for runs on other data or, of a toy, of other seeds: no pairs of samples."""
-    first, second = (stored.read_config(folder).get("fingerprint") or {} for folder in (a, b))
-    if first.get("data") != second.get("data"):
-        raise ValueError(f"{a} and {b} were made on different data: their samples are not pairs")
-
-
-def right_of(folder: Path, which: str, y: torch.Tensor) -> torch.Tensor:
-    """Which test samples the "run", or the "UME" that it started from, gets right: bool (N,)."""
-    logits = calibration.stored(folder, "test")
-    if which not in logits:
-        raise ValueError(f"{folder} did not start from a UME: it has no step 1")
-    return metrics.fuse(logits[which]).argmax(1) == y
-
-
-def experts_of(folders, y: torch.Tensor) -> list[torch.Tensor]:
-    """Which test samples each model of step 1 gets right, alone; [] if no run had a step 1."""
-    for folder in folders:
-        logits = calibration.stored(folder, "test")
-        if "UME" in logits:
-            return [z.argmax(1) == y for z in logits["UME"].values()]
-    return []
-
-
-def print_over_seeds(differences: list[float]) -> None:
-    found = compare.paired(differences)
-    if found["n"] == 1:
-        print("\nOne seed shows how sure this pair of runs is, not how sure the methods are: give"
-              " --seeds.")
-        return
-    t = "" if found["t"] is None else f", t {found['t']:.2f}"
-    print(f"\nA - B over {found['n']} seeds, in points: {found['mean']:+.2f} +- {found['se']:.2f}"
-          f" (standard error){t}, p {found['p']:.2g}")
-
-
-def print_gains(gains: list[dict]) -> None:
-    """Where the difference comes from; means over the seeds."""
-    if not gains:
-        print("\nNeither run has a step 1, so nobody knows which modality alone is right.")
-        return
-    print(f"\n{'each modality alone (UMFT) is right:':38}{'all':>10}{'some':>10}{'none':>10}")
-    shares, points = "", ""
-    for group in ("all", "some", "none"):
-        shares += f"{report.mean_std([gain[group][0] for gain in gains])[0]:>10.1f}"
-        points += f"{report.mean_std([gain[group][1] for gain in gains])[0]:>+10.2f}"
-    print(f"{'share of the samples, %':38}{shares}")
-    print(f"{'A - B there, points of all samples':38}{points}")
 
 
 # ---- Linear evaluation (Tables 3, 4, 8) ----
@@ -307,203 +125,15 @@ def open_pretrained(args, seed: int) -> tuple:
     return run.folder, where, info, run.settings, models
 
 
-# ---- One recording ----
-
-def sources_of_clip(args, kinds: dict) -> dict:
-    """Modality -> the file, or the text, that --clip and --text give for it.
-
-    "talk.mp4" serves picture and sound, "audio=talk.wav" one modality. Flow must be named.
-    """
-    source, plain = {}, []
-    for file in args.clip:
-        modality, _, path = file.partition("=")
-        if modality in kinds:
-            source[modality] = Path(path)
-        else:
-            plain.append(file)
-    if len(plain) > 1:
-        one_each = " ".join(f"{m}={file}" for m, file in zip(kinds, plain))
-        raise ValueError(f"--clip {' '.join(plain)}: one file serves all; else say {one_each}")
-    for m, kind in kinds.items():
-        if kind == "text" and args.text is not None:
-            source.setdefault(m, args.text)
-        if kind in ("frames", "image", "audio") and plain:
-            source.setdefault(m, Path(plain[0]))
-    if not source:
-        raise ValueError(f"nothing to look at: the run knows {', '.join(kinds)}; give --clip FILE,"
-                         " --clip MODALITY=FILE or --text TEXT")
-    return {m: source[m] for m in kinds if m in source}
-
-
-def read_clip(args, source: dict, info: dict, models) -> data.Split:
-    """The recording as a split of one sample, prepared as the data set was.
-
-    Raises ValueError where something cannot be read.
-    """
-    kinds, row = info["modalities"], {}
-    for m in source:
-        # The options of prepare, read off the array that it made: n frames, clips or tokens.
-        shape, tokenizer = info["shapes"][m], None
-        n, size = shape[0], shape[-1]
-        options = SimpleNamespace(frames=n, clips=n, stacks=n, max_length=n, size=size)
-        if kinds[m] == "flow":
-            options.flow_length = shape[1] // 2
-        if kinds[m] == "text":
-            tokenizer = tokenizer_of(args, info, models[m].encoder)
-        try:
-            item = media.Item("clip", "", {m: source[m]})
-            row |= media.read_item(item, {m: kinds[m]}, options, tokenizer)
-        except (ValueError, OSError, RuntimeError) as error:
-            rest = [f"{n}={source[n]}" for n in source if n != m and kinds[n] != "text"]
-            hint = f"; without {m}: --clip {' '.join(rest)}" if rest else ""
-            raise ValueError(f"{m}: {error}{hint}") from None
-    one = {m: array[None] for m, array in row.items()}
-    return data.Split.of(kinds, one, torch.zeros(1, dtype=torch.int64))
-
-
-def tokenizer_of(args, info: dict, encoder):
-    """The tokenizer whose ids the encoder has learnt."""
-    there = [info["tokenizer"], *(info.get("other_tokenizers") or [])]
-    learnt = next(known for known in there if known["kind"] == encoder.tokenizer)
-    tokenizer = media.tokenizer(args, media.VOCABULARIES[learnt["kind"]])
-    if tokenizer.fingerprint != learnt["fingerprint"]:
-        raise ValueError(f"{info['name']} was prepared with another vocabulary than this one:"
-                         " name its files, --tokenizer FILE")
-    return tokenizer
-
-
-def show_clip(folder: Path, args) -> None:
-    """Print the likeliest classes of one recording: each modality alone, UME, the run itself.
-
-    The run's config.json says how the data set was prepared; the data set need not be there.
-    """
-    stored.check_finished(folder)
-    config = stored.read_config(folder)
-    settings, info = config["settings"], config["data"]
-    check_own_prediction(folder, settings)
-    say_changes(folder)
-    if info["name"] in toy.WORLDS:
-        raise ValueError(f"{folder} learnt {info['name']}, which no recording looks or sounds like:"
-                         " --clip needs a run on real data")
-    settings, models = load_run(folder, info)
-    source = sources_of_clip(args, {m: info["modalities"][m] for m in models})
-    clip = read_clip(args, source, info, models)
-
-    def predict_clip(models):
-        return predict(nn.ModuleDict({m: models[m] for m in source}), clip, args, settings)
-
-    def fuse(logits, rule="prob"):
-        return metrics.fuse(logits, rule, info["multilabel"])[0]      # (C,)
-
-    logits = predict_clip(models)
-    columns = {f"{m} alone": fuse({m: logits[m]}) for m in source}
-    if "unimodal" in settings:                            # then the modalities alone are step 1's
-        fine_tuned = {}
-        for m, base in settings["unimodal"].items():
-            fine_tuned[m] = load_run(folder.parent / base["run"], info)[1][m]
-        alone = predict_clip(fine_tuned)
-        columns = {f"{m} alone (UMFT)": fuse({m: alone[m]}) for m in source}
-        columns["UME"] = fuse(alone)
-    if settings["method"] != "unimodal":
-        rule = args.fusion or settings["fusion"]
-        columns[report.NAMES[settings["method"]]] = fuse(logits, rule)
-
-    told = [f"{m} of {s}" if isinstance(s, Path) else f"{m} {s!r}" for m, s in source.items()]
-    absent = "".join(f"; no {m}" for m in models if m not in source)
-    print(f"\n{folder}: {', '.join(told)}{absent}. Likeliest classes, in %:\n")
-    cells = []
-    for name, p in columns.items():
-        best = p.argsort(descending=True)[:5]
-        cells.append([name, *(f"{info['classes'][c]} {100 * p[c]:5.1f}" for c in best)])
-    widths = [max(map(len, column)) + 3 for column in cells]
-    for line in zip(*cells):
-        print("".join(f"{text:>{width}}" for text, width in zip(line, widths)))
-
-
-# ---- Export ----
-
-CONFIG = "with the original's config.json"
-READERS = {ViT: "open_clip.create_model(..., pretrained=FILE)",
-           AudioViT: "ImageBind, imagebind_huge().load_state_dict(torch.load(FILE))",
-           BERT: f"transformers, BertModel.from_pretrained(FOLDER) {CONFIG}",
-           DeBERTa: f"transformers, DebertaModel.from_pretrained(FOLDER) {CONFIG}",
-           ResNet: "torchvision, resnet...().load_state_dict(torch.load(FILE), strict=False)"}
-
-
-def export_run(folder: Path, info: dict, settings: dict, models, target: Path) -> None:
-    """Write target/<modality>/: the encoder with LoRA merged, in the layout of its public file, and
-    head.safetensors with the classes as metadata. `target` must be new; it is written whole."""
-    if target.exists():
-        raise ValueError(f"{target} exists already: export to a new folder")
-    partial, told = target.with_name(target.name + ".partial"), []
-    try:
-        for m, model in models.items():
-            name = settings["encoders"][m] if "encoders" in settings else settings["encoder"]
-            encoder = merge_lora(model).encoder
-            file, source, note = public_file(folder, settings, m, name, encoder)
-            (partial / m).mkdir(parents=True, exist_ok=True)
-            checkpoints.export_public(encoder, partial / m / file, source)
-            classes = {"classes": json.dumps(info["classes"])}
-            files.write_tensors(partial / m / "head.safetensors", model.head.state_dict(), classes)
-            told.append(f"{target / m / file}: encoder {name}, {note};"
-                        f" for {READERS[type(encoder)]}")
-            if isinstance(encoder, ViT) and encoder.blocks[0].activation is quick_gelu:
-                told.append("its activation is QuickGELU: open_clip needs force_quick_gelu=True")
-            told.append(f"{target / m / 'head.safetensors'}: linear layer on its features,"
-                        f" {len(info['classes'])} classes")
-        partial.replace(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    print("\n".join(told))
-
-
-def public_file(folder: Path, settings: dict, modality: str, name: str, encoder) -> tuple:
-    """-> (name of the exported file, the public file that the rest comes from or None, a note)."""
-    start = stored.started_from(folder, settings, modality)
-    like = name                                           # from scratch: like one of its kind
-    if name not in checkpoints.PUBLIC:
-        kin = [n for n in checkpoints.PUBLIC if n in BUILD and BUILD[n][0] is type(encoder)]
-        like = next(n for n in kin if not n.endswith("_toy"))
-    file = checkpoints.PUBLIC[like].url.rsplit("/", 1)[1]
-    if start in (None, "none"):
-        return file, None, "no public file behind it"
-    source = checkpoints.place(name) if start == name else Path(start)
-    if source.is_dir():
-        source = formats.weights_in(source)
-    file = source.name
-    if source.suffix not in (".safetensors", ".bin", ".pth"):
-        file = source.stem + ".pth"
-    if not source.is_file():
-        return file, None, f"nothing else, since {source} is not there"
-    if isinstance(encoder, ResNet) and encoder.conv1.in_channels != 3:
-        channels = encoder.conv1.in_channels
-        return file, None, f"nothing else, since it takes {channels} channels, not 3"
-    if source.name.endswith(".tower.safetensors"):
-        return file, source, f"like {source} nothing else, so load it with strict=False"
-    return file, source, f"all else as in {source}"
-
-
 # ---- Opening a run ----
-
-def check_own_prediction(folder: Path, settings: dict) -> None:
-    if settings["method"] not in ("unimodal", "no-umft", "full", "separate_full", *stored.ADAPTED):
-        raise ValueError(f"{folder} is a run of baselines/{settings['method']}.py, which alone can"
-                         " predict with it; --probe can test its encoders")
-
-
-def say_changes(folder: Path) -> None:
-    changes = fingerprint.changed(folder)
-    if changes:
-        print(f"{folder}: {fingerprint.sentence(changes)} since it was trained")
-
 
 def open_run(args, folder: Path) -> tuple:
     """-> (the run's folder, that of the prepared data, its dataset.json, settings, models)."""
     stored.check_finished(folder)
     settings = stored.read_config(folder)["settings"]
     if not args.probe:
-        check_own_prediction(folder, settings)
-    say_changes(folder)
+        stored.check_own_prediction(folder, settings)
+    fingerprint.say_changes(folder)
     arguments.prepare_torch(settings["dataset"])
     where = arguments.find(args.data_root, settings["dataset"], settings["seed"])
     info = data.check(where)
@@ -577,12 +207,12 @@ def main() -> None:
     arguments.each_once("run", [folder.resolve() for folder in args.run or []])
     if args.run and (args.clip or args.text is not None):
         for folder in args.run:
-            show_clip(folder, args)
+            clip.show(folder, args)
         return
     if args.compare:
         if args.run or args.drop or args.probe or args.temperature or args.fusion:
             raise ValueError("--compare stands alone, with --seeds at most")
-        return show_comparison(args)
+        return from_logits.show_comparison(args)
     if args.page:
         if not args.run or args.temperature or args.fusion or args.missing or args.plot:
             raise ValueError("--page takes --run RUN, and no option that changes the result")
@@ -593,7 +223,7 @@ def main() -> None:
         if args.drop or args.probe or args.export:
             raise ValueError("--temperature and --fusion weighted read stored logits: not with"
                              " --drop, --missing, --probe or --export")
-        return show_calibration(args)
+        return from_logits.show_calibration(args)
     if args.export and len(args.run or ()) != 1:
         raise ValueError("--export takes one --run")
     pretrained = args.probe and args.dataset and args.modality
@@ -605,7 +235,7 @@ def main() -> None:
                          " samples lack that modality")
     if args.export:
         folder, _, info, settings, models = open_run(args, args.run[0])
-        export_run(folder, info, settings, models, args.export)
+        export.write(folder, info, settings, models, args.export)
     elif args.run:
         show_tables(args, (open_run(args, folder) for folder in args.run))
     else:

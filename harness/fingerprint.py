@@ -215,3 +215,10 @@ def sentence(changes: list[str]) -> str:
     plural = len(changes) > 1 or changes[0] in ("the data", "settings", "its uni-modal models")
     verb = "have" if plural else "has"
     return f"{' and '.join(changes)} {verb} changed"
+
+
+def say_changes(folder: Path) -> None:
+    """One line, where the code or the data of a run have changed."""
+    changes = changed(folder)
+    if changes:
+        print(f"{folder}: {sentence(changes)} since it was trained")

@@ -4,7 +4,7 @@ from pathlib import Path
 from torch import nn
 
 from encoders import BERT, BUILD, AudioViT, DeBERTa, ResNet, UnimodalModel, ViT, build
-from harness import files, fingerprint, runs, stored
+from harness import files, fingerprint, metrics, runs, stored
 from lora import add_lora
 from pretrained import checkpoints, configs
 
@@ -211,3 +211,13 @@ def load_run(folder: Path, info: dict, encoders_only=False) -> tuple[dict, nn.Mo
     wrong = [n for n in missing + unexpected if ".encoder." in n or not encoders_only]
     check_names(folder / "model.safetensors", wrong, [])
     return settings, models.eval()
+
+
+def predict(models, split, device: str, settings: dict) -> dict:
+    """Modality -> logits (N, C) of its own model."""
+    models.to(device)
+
+    def forward(x):
+        with metrics.autocast(device, settings):
+            return {m: models[m](x[m]) for m in x}
+    return metrics.predict(forward, models, split, device, settings)

@@ -228,3 +228,10 @@ def damage(folder: Path) -> str:
     except (ValueError, OSError) as error:
         return str(error)
     return ""
+
+
+def check_own_prediction(folder: Path, settings: dict) -> None:
+    """ValueError for a method whose prediction is not an average of its modalities."""
+    if settings["method"] not in ("unimodal", "no-umft", "full", "separate_full", *ADAPTED):
+        raise ValueError(f"{folder} is a run of baselines/{settings['method']}.py, which alone can"
+                         " predict with it; --probe can test its encoders")

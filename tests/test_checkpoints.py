@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-import evaluate
 from baselines import mmbt, parts
 from encoders import BERT, BUILD, AudioViT, DeBERTa, ViT, build, quick_gelu
+from harness import export
 from harness.models import load_run, new_model
 from lora import merge_lora
 from paper import settings
@@ -531,7 +531,7 @@ def test_only_the_tower_is_fetched(file, of_imagebind, imagebind, server, tmp_pa
     # Export: the tower alone, or into the whole file.
     monkeypatch.chdir(tmp_path)
     start = dict(pretrained="audio_vit_b")
-    name, source, note = evaluate.public_file(tmp_path, start, "audio", "audio_vit_b", encoder)
+    name, source, note = export.public_file(tmp_path, start, "audio", "audio_vit_b", encoder)
     assert (name, source) == (path.name, path.relative_to(tmp_path)) and "strict=False" in note
     export_public(encoder, tmp_path / "small.safetensors", path)
     assert tensors_of(tmp_path / "small.safetensors").keys() == tensors_of(path).keys()

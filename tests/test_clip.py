@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import wave
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torchvision.io import write_png
 
 import data
-import evaluate
 from harness import models
 from data import read_json
 from prepare import custom
@@ -68,7 +66,7 @@ def birds(request, tmp_path_factory):
     save_file(learnt, run / "model.safetensors")
     settings, adapted = models.load_run(run, info)
     test = data.Split(folder / "data/birds", "test")
-    z = evaluate.predict(adapted, test, SimpleNamespace(device="cpu"), settings)
+    z = models.predict(adapted, test, "cpu", settings)
     save_file({f"test.{m}": z[m] for m in z}, run / "logits.safetensors")
     shutil.rmtree(folder / "data")
     return folder, run, rows, info["classes"]

@@ -16,9 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import data
-import evaluate
 from encoders import BUILD, ResNet, UnimodalModel, ViT, build
-from harness import metrics, models
+from harness import export, metrics, models
 from data import read_json
 from harness.linear import logistic_regression, standardise
 from lora import merge_lora
@@ -410,8 +409,8 @@ def test_export_of_a_flow_network(tmp_path, capsys):
     source = FIXTURES / "resnet_basic/resnet.pth"
     flow = network(source)
     settings = dict(modality="flow", encoder="resnet18", pretrained=str(source))
-    evaluate.export_run(tmp_path, dict(classes=["a", "b"]), settings,
-                        nn.ModuleDict({"flow": UnimodalModel(flow, 2)}), tmp_path / "out")
+    export.write(tmp_path, dict(classes=["a", "b"]), settings,
+                 nn.ModuleDict({"flow": UnimodalModel(flow, 2)}), tmp_path / "out")
     again = network(tmp_path / "out/flow/resnet.pth").state_dict()
     assert all(torch.equal(t, flow.state_dict()[k]) for k, t in again.items())
     assert "4 channels" in capsys.readouterr().out

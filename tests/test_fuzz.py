@@ -26,7 +26,7 @@ from torch import nn
 import data
 import evaluate
 from encoders import BERT, DeBERTa, ViT
-from harness import arguments, calibration, fingerprint, models, stored
+from harness import arguments, calibration, fingerprint, from_logits, models, stored
 from prepare import custom, locks, media, toy, write
 from prepare.media import Item
 from pretrained import checkpoints, configs
@@ -563,8 +563,8 @@ def test_config_json(fuzz, run):
 
     def read(_):
         settings = evaluate.open_run(args, run.folder)[3]
-        evaluate.open_data_of(args, run.folder)
-        evaluate.check_same_samples(run.folder, run.folder)
+        from_logits.open_data_of(args, run.folder)
+        from_logits.check_same_samples(run.folder, run.folder)
         stored.read_result(run.folder, settings)
         stored.but_seed(settings)
         info = stored.read_config(run.folder).get("data")
