@@ -1,8 +1,8 @@
 """What all checks share: where the answers are.
 
-    python -m pytest lessons/1_lora_linear                              # your file in that folder
-    python -m pytest lessons --answers lessons/solutions                # our answers
-    python -m pytest lessons --answers handed_in/anna                   # somebody's, all in a folder
+    python -m pytest lessons/1_lora_linear                  # your file in that folder
+    python -m pytest lessons --answers lessons/solutions    # our answers
+    python -m pytest lessons --answers handed_in/anna       # somebody's, all in a folder
 """
 import importlib.util
 import textwrap

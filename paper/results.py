@@ -39,7 +39,8 @@ TABLES = {
         caption="Uni-modal fine-tuning, and models of Fan et al. (AVE, CREMA-D), Peng et al. (KS), "
                 "Li et al. (MM-IMDB)", source="Sec. 1",
         columns={"AVE": AVE, "Kinetics-Sound": KS, "CREMA-D": CREMA, "MM-IMDB": IMDB}, rows=[
-        ("Recent Multi-modal Model", "", (68.1, 63.1, 65.3, (66.7, 61.7)), dict(method=None, quoted=True)),
+        ("Recent Multi-modal Model", "", (68.1, 63.1, 65.3, (66.7, 61.7)),
+         dict(method=None, quoted=True)),
         ("Fine-tuned Visual Model", "", (88.1, 84.3, 77.7, (60.2, 52.6)),
          dict(method="unimodal", modality="visual")),
         ("Fine-tuned Audio / Language Model", "", (85.6, 69.6, 75.8, (68.6, 63.9)),
@@ -48,8 +49,10 @@ TABLES = {
     3: dict(
         caption="Linear evaluation: encoders of multi-modal training and of UMFT",
         source="Sec. 3.1", columns=PAIRS, rows=[
-        ("Multi-Modal Training", "", (83.3, 79.8, 78.7, 67.9, 70.3, 64.8), dict(method="probe", of="concat")),
-        ("Uni-Modal Fine-Tuned", "", (88.1, 85.6, 84.3, 69.6, 77.7, 75.8), dict(method="probe", of="unimodal")),
+        ("Multi-Modal Training", "", (83.3, 79.8, 78.7, 67.9, 70.3, 64.8),
+         dict(method="probe", of="concat")),
+        ("Uni-Modal Fine-Tuned", "", (88.1, 85.6, 84.3, 69.6, 77.7, 75.8),
+         dict(method="probe", of="unimodal")),
     ]),
     4: dict(
         caption="Linear evaluation of pre-trained encoders against fine-tuning (MM-IMDB: F1-Micro)",
@@ -58,18 +61,21 @@ TABLES = {
                          "Food101 RGB": FOOD | RGB, "Food101 Text": FOOD | TEXT}, rows=[
         ("linear eval", "", (87.6, 82.1, 79.0, 66.2, 51.2, 60.6, 48.7, 22.1, 81.8, 21.2),
          dict(method="probe", of="pretrained")),
-        ("fine-tuning", "", (88.1, 85.6, 84.3, 69.6, 77.7, 75.8, 60.2, 68.6, 84.3, 86.6), dict(method="unimodal")),
+        ("fine-tuning", "", (88.1, 85.6, 84.3, 69.6, 77.7, 75.8, 60.2, 68.6, 84.3, 86.6),
+         dict(method="unimodal")),
     ]),
     5: dict(
         caption="Audio-visual data sets (backbone: audio/visual)", source="Sec. 4.2.3",
         columns={"AVE": AVE, "KS": KS, "CREMA-D": CREMA, "Avg Acc.": dict(dataset=None)}, rows=[
-        ("G-Blending", "ResNet18/ResNet18", (65.5, 62.2, 58.7, 62.1), SCRATCH | dict(method="g_blending")),
+        ("G-Blending", "ResNet18/ResNet18", (65.5, 62.2, 58.7, 62.1),
+         SCRATCH | dict(method="g_blending")),
         ("OGM-GE", "ResNet18/ResNet18", (76.9, 63.1, 62.2, 67.4), SCRATCH | dict(method="ogm_ge")),
         ("PMR", "ResNet18/ResNet18", (74.3, None, 65.3, None), SCRATCH | dict(method="pmr")),
         ("UME*", "ResNet18/ResNet18", (85.4, 78.8, 78.2, 80.8), RES18 | dict(method="ume")),
         ("MMLoRA (ours)", "ResNet18/ResNet18", (86.9, 79.4, 81.9, 82.7), RES18 | MMLORA),
         ("Multi-Modal Baseline*", "ViT-B/ViT-B", (94.7, 90.6, 87.6, 91.0), dict(method="concat")),
-        ("Classifier on frozen features*", "ViT-B/ViT-B", (93.7, 90.1, 85.3, 89.7), dict(method="frozen")),
+        ("Classifier on frozen features*", "ViT-B/ViT-B", (93.7, 90.1, 85.3, 89.7),
+         dict(method="frozen")),
         ("MBT", "ViT-B/ViT-B", (None, 85.0, None, None), dict(method="mbt", quoted=True)),
         ("OGM-GE*", "ViT-B/ViT-B", (95.5, 90.4, 88.4, 91.4), dict(method="ogm_ge")),
         ("UME*", "ViT-B/ViT-B", (95.4, 90.8, 87.8, 91.3), dict(method="ume")),
@@ -79,7 +85,8 @@ TABLES = {
     6: dict(
         caption="Vision-language data sets (backbone Li et al.: as re-run by Li et al., 2023b)",
         source="Sec. 4.2.3", columns={"Food101": FOOD, "MM-IMDB": IMDB}, rows=[
-        ("MMBT", "ResNet152/BERT-B", (92.1, (66.8, 61.6)), RES152 | dict(method="mmbt", quoted=True)),
+        ("MMBT", "ResNet152/BERT-B", (92.1, (66.8, 61.6)),
+         RES152 | dict(method="mmbt", quoted=True)),
         ("MMLoRA (ours)", "ResNet152/BERT-B", (93.2, (67.2, 61.7)), RES152 | MMLORA),
         ("Baseline", "Li et al.", (93.29, (64.9, 59.6)), BASE | dict(method="concat")),
         ("PMF", "Li et al.", (91.51, (64.5, 58.8)), BASE | dict(method="pmf")),
@@ -102,8 +109,10 @@ TABLES = {
     8: dict(
         caption="Linear evaluation: encoders of UMFT and of MMLoRA on both modalities",
         source="Sec. 4.3", columns=PAIRS, rows=[
-        ("Uni-Modal Fine-Tuned", "", (88.1, 85.6, 84.3, 69.6, 77.7, 75.8), dict(method="probe", of="unimodal")),
-        ("MMLoRA (ours)", "", (88.1, 86.4, 85.3, 69.8, 78.1, 75.7), ON_BOTH | dict(method="probe", of="mmlora")),
+        ("Uni-Modal Fine-Tuned", "", (88.1, 85.6, 84.3, 69.6, 77.7, 75.8),
+         dict(method="probe", of="unimodal")),
+        ("MMLoRA (ours)", "", (88.1, 86.4, 85.3, 69.8, 78.1, 75.7),
+         ON_BOTH | dict(method="probe", of="mmlora")),
     ]),
     9: dict(
         caption="LoRA on one modality or on both", source="Sec. 4.3",

@@ -1,11 +1,13 @@
-"""What holds for every test, in this process and in those it starts; set before torch is imported."""
+"""What holds for every test, in this process and in those it starts;
+set before torch is imported."""
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")     # models this small are slower on two threads, and many times so on a busy machine
+# Models this small are slower on two threads, and many times so on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.fsync = lambda descriptor: None     # it takes 10 ms, and protects from power cuts only
 
-import itertools     # noqa: E402  all of these after the three lines above
+import itertools     # noqa: E402  all of these after the three settings above
 import json
 import shutil
 import subprocess
@@ -47,18 +49,21 @@ def pytest_runtestloop(session):
         reports.seek(0)
         for line in reports:
             hook = session.config.hook
-            report = hook.pytest_report_from_serializable(config=session.config, data=json.loads(line))
+            report = hook.pytest_report_from_serializable(config=session.config,
+                                                          data=json.loads(line))
             hook.pytest_runtest_logreport(report=report)
     assert not died, "the second process of the tests has died"
     return True
 
 
 def run_files(session, files, numbers, reports=None):
-    """Run one file after the other. With `reports` write the results there, and nothing on the screen."""
+    """Run one file after the other. With `reports` write the results there,
+    and nothing on the screen."""
     if reports:
         class Writer:
             def pytest_runtest_logreport(self, report):
-                data = session.config.hook.pytest_report_to_serializable(config=session.config, report=report)
+                data = session.config.hook.pytest_report_to_serializable(
+                    config=session.config, report=report)
                 reports.write(json.dumps(data) + "\n")
                 reports.flush()
         session.config.pluginmanager.unregister(name="terminalreporter")
@@ -75,7 +80,8 @@ def run_files(session, files, numbers, reports=None):
 
 @pytest.fixture(autouse=True)
 def no_traceback(monkeypatch):
-    """Whatever a test starts as a process of its own: its stderr is read here, too, and shows no traceback."""
+    """Whatever a test starts as a process of its own: its stderr is read here, too,
+    and shows no traceback."""
     communicate = subprocess.Popen.communicate
 
     def read(self, *words, **options):
@@ -89,7 +95,8 @@ def no_traceback(monkeypatch):
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory):
-    """Folder of prepared data: toys of seeds 0 to 2 with 200 samples to train on, and `pairs`, the same with two labels a sample."""
+    """Folder of prepared data: toys of seeds 0 to 2 with 200 samples to train on, and `pairs`,
+    the same with two labels a sample."""
     folder, sizes = tmp_path_factory.mktemp("data"), toy.SIZES
     toy.SIZES = dict.fromkeys(toy.WORLDS, {"train": 200, "val": 100, "test": 120})
     for seed in range(3):
@@ -98,17 +105,20 @@ def root(tmp_path_factory):
     shutil.copytree(folder / "toy-s0", folder / "pairs")
     info = json.loads((folder / "pairs" / "dataset.json").read_text())
     del info["made_by"], info["sample_groups"]      # a data set like anybody's own, not a toy
-    info |= dict(name="pairs", classes=["flat or rise", "trilled", "hollow", "never"], multilabel=True)
+    info |= dict(name="pairs", classes=["flat or rise", "trilled", "hollow", "never"],
+                 multilabel=True)
     (folder / "pairs" / "dataset.json").write_text(json.dumps(info))
     for split in ("train", "val", "test"):
         y = np.load(folder / "pairs" / split / "labels.npy")
-        np.save(folder / "pairs" / split / "labels.npy", np.stack([y % 4 < 2, y % 8 >= 4, y % 3 == 0, y < 0], 1).astype(np.uint8))
+        np.save(folder / "pairs" / split / "labels.npy",
+                np.stack([y % 4 < 2, y % 8 >= 4, y % 3 == 0, y < 0], 1).astype(np.uint8))
     return folder
 
 
 @pytest.fixture(scope="session")
 def base(root, tmp_path_factory):
-    """A finished `train_joint.py` with all that it trains on the way: its folder, what it printed, its results."""
+    """A finished `train_joint.py` with all that it trains on the way: its folder, what it printed,
+    its results."""
     out = tmp_path_factory.mktemp("base")
     printed = call("train_joint.py", *SMALL, out=out, root=root)
     return SimpleNamespace(out=out, printed=printed, run=out / MMLORA, result=result(out, MMLORA))

@@ -45,7 +45,7 @@ def root(tmp_path_factory):
     for name in ("tri", "multi", "mono"):
         shutil.copytree(folder / "toy-s0", folder / name)
         info = read_json(folder / name / "dataset.json") | dict(name=name)
-        del info["made_by"], info["sample_groups"]            # a data set like anybody's own, not a toy
+        del info["made_by"], info["sample_groups"]     # a data set like anybody's own, not a toy
         for split in ("train", "val", "test"):
             where = folder / name / split
             if name == "tri":
@@ -171,7 +171,7 @@ def test_a_finished_run_holds_what_it_says(script, root, method):
     result, z, settings = result_of(folder), tensors(folder, "logits"), settings_of(folder)
     assert folder.name == f"{method}-s0" and result["method"] == settings["method"] == method
     assert settings["encoders"] == {"audio": "audio_vit_toy", "visual": "vit_toy"}
-    assert settings["pretrained"] == settings["encoders"]         # the files that this project ships
+    assert settings["pretrained"] == settings["encoders"]     # the files that this project ships
     assert settings["lr"] == paper.TOY_LR["toy"]["joint"]
     assert len(logged(folder)) == 3 and not (folder / "last.safetensors").exists()
     assert result["test"].keys() == {"joint", "audio", "visual"}
@@ -818,7 +818,8 @@ def weights_of_layers(model):
     return {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, layers)}
 
 
-SMALL = ("vit_toy", "audio_vit_toy", "vit_mini", "audio_vit_mini", "bert_small", "deberta_small", "resnet_small")
+SMALL = ("vit_toy", "audio_vit_toy", "vit_mini", "audio_vit_mini", "bert_small", "deberta_small",
+         "resnet_small")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "bertadam", "sgd"])

@@ -356,7 +356,8 @@ def test_mbt_trains_the_mean_of_the_cross_entropies(script, root, monkeypatch):
     for loss, joint, (a, b), y in seen:
         assert torch.allclose(loss, (real(a, y) + real(b, y)) / 2)
         assert torch.allclose(joint, (a + b) / 2) and not torch.allclose(loss, real(joint, y))
-    start = pretrained(root, "toy-s0", audio="audio_vit_toy", visual="vit_toy")     # both towers are trained whole
+    # Both towers are trained whole.
+    start = pretrained(root, "toy-s0", audio="audio_vit_toy", visual="vit_toy")
     assert not [k for k, v in start.items() if torch.equal(file[k], v)]
     assert file["bottleneck.tokens"].shape == (4, 48)
 

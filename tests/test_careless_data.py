@@ -127,7 +127,8 @@ def test_memory_is_no_way_out_of_the_folder(birds, tmp_path):
     ("shapes", dict.fromkeys(KINDS, [True]), "'shapes' must have a list of numbers"),
     ("tokenizer", dict(kind="wordpiece", vocab_size=10 ** 30), "vocab_size"),
     ("tokenizer", dict(kind="wordpiece", vocab_size=10.0), "vocab_size"),
-    ("classes", ["\ud800", "b", "c"], "dataset.json is damaged: .*can't encode.*prepare the data set again"),
+    ("classes", ["\ud800", "b", "c"],
+     "dataset.json is damaged: .*can't encode.*prepare the data set again"),
     ("shapes", dict.fromkeys(KINDS, [1.0]), "'shapes' must have a list of numbers"),
     ("counts", {"train": 7}, "dataset.json: 'counts' says 7 train samples, but there are 6"),
     ("counts", 3, "'counts'"),
@@ -159,7 +160,8 @@ def test_every_key_of_dataset_json(birds, key, value, told):
         assert f"'{key}' must be" in say(birds)
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"\xff\xfe{}", b"[" * 10 ** 5, b"{}\0", b"null"])
+@pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"\xff\xfe{}", b"[" * 10 ** 5, b"{}\0",
+                                  b"null"])
 def test_dataset_json_that_is_none(birds, text):
     (birds / "dataset.json").write_bytes(text)
     assert "dataset.json" in say(birds)
@@ -174,7 +176,8 @@ def test_dataset_json_that_is_none(birds, text):
     ("labels", lambda a: a[:0], "no samples|cut short"),
     ("labels", lambda a: a[:5], "6 ids, but 5 labels"),
     ("labels", lambda a: a[0], "header|cut short"),
-    ("visual", lambda a: (a / 255).astype(np.float32), r"float32 .6, 1, 3, 8, 8., but image is uint8"),
+    ("visual", lambda a: (a / 255).astype(np.float32),
+     r"float32 .6, 1, 3, 8, 8., but image is uint8"),
     ("visual", lambda a: a.astype(np.int16), "int16"),
     ("visual", lambda a: a[:, :, :1], r"\(6, 1, 1, 8, 8\), but image"),
     ("visual", lambda a: a[:, 0], r"\(6, 3, 8, 8\), but"),
@@ -507,7 +510,8 @@ def test_the_second_of_two_prepares_says_so(tmp_path):
         other.write("process 4711")
         other.flush()
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="set is in use by process 4711: wait until it is done"):
+        with pytest.raises(ValueError,
+                           match="set is in use by process 4711: wait until it is done"):
             prepare(index, "--overwrite")
     prepare(index, "--overwrite")
     assert [f.name for f in folder.parent.iterdir()] == ["set"] and data.check(folder)

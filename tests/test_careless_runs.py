@@ -541,9 +541,9 @@ def test_ctrl_c_while_torch_loads():
     assert done.returncode in (-2, 130) and done.stderr == "\nstopped\n"
 
 
-@pytest.mark.parametrize("script", ["train_unimodal.py", "train_joint.py", "evaluate.py",
-                                    *(f"baselines/{f.name}" for f in (ROOT / "baselines").glob("[a-z]*.py")
-                                      if f.stem != "parts")])
+@pytest.mark.parametrize("script", [
+    "train_unimodal.py", "train_joint.py", "evaluate.py",
+    *(f"baselines/{f.name}" for f in (ROOT / "baselines").glob("[a-z]*.py") if f.stem != "parts")])
 def test_scripts_import_it_before_torch(script):
     lines = (ROOT / script).read_text().splitlines()
     at = [i for i, line in enumerate(lines) if line.startswith("import harness ")]

@@ -227,20 +227,24 @@ def test_files_that_are_no_dictionary_of_tensors(tmp_path):
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), torch.zeros(67, 32, dtype=torch.int)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"),
+                                   torch.zeros(67, 32, dtype=torch.int)])
 def test_weights_that_are_no_numbers_to_go_on_from(value, tmp_path):
     """One bit of a header makes whole numbers of all weights, and they would train, only worse."""
     state = load_file(FIXTURES / "bert/model.safetensors")
     words = next(name for name in state if name.endswith("word_embeddings.weight"))
-    state[words] = value if isinstance(value, torch.Tensor) else state[words].index_fill(0, torch.tensor(3), value)
+    state[words] = (value if isinstance(value, torch.Tensor)
+                    else state[words].index_fill(0, torch.tensor(3), value))
     save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=f"model.safetensors is damaged: {words} holds NaN, infinity or whole numbers"):
+    with pytest.raises(ValueError, match=f"model.safetensors is damaged: {words} holds NaN,"
+                                         " infinity or whole numbers"):
         load_public(MODELS["bert"][0](), tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("model, key, value, message", [
     ("bert", "num_hidden_layers", 2 ** 31, "depth is 2147483648, but it is a number from 1 to 200"),
-    ("bert", "vocab_size", "67", "vocab_size is '67'"), ("bert", "hidden_size", [], r"width is \[\]"),
+    ("bert", "vocab_size", "67", "vocab_size is '67'"),
+    ("bert", "hidden_size", [], r"width is \[\]"),
     ("bert", "hidden_dropout_prob", 2, "dropout is 2"), ("bert", "model_type", [], r"holds '\[\]'"),
     ("bert", "num_attention_heads", 5, "a width of 32 does not divide into 5 heads"),
     ("deberta", "max_relative_positions", "x", "max_length is 'x'"),

@@ -22,7 +22,8 @@ def test_mcnemar_is_the_exact_binomial_test():
             for outcome in range(2 ** n):
                 heads = bin(outcome).count("1")
                 as_far += abs(heads - n / 2) >= abs(only_a - n / 2)
-            assert compare.mcnemar(only_a, only_b) == pytest.approx(as_far / 2 ** n), (only_a, only_b)
+            assert compare.mcnemar(only_a, only_b) == pytest.approx(as_far / 2 ** n), (
+                only_a, only_b)
     assert compare.mcnemar(3, 10) == pytest.approx(0.092285, abs=1e-6)
     assert compare.mcnemar(0, 0) == 1 and compare.mcnemar(400, 400) == 1
 
@@ -52,7 +53,8 @@ def test_paired_differences():
     assert found["n"] == 3 and found["mean"] == pytest.approx(7 / 3)
     assert found["se"] == pytest.approx(math.sqrt(7) / 3)
     assert found["t"] == pytest.approx(math.sqrt(7))
-    assert found["p"] == pytest.approx(1 - math.sqrt(7) / 3)      # two degrees: 1 - t / sqrt(2 + t^2)
+    # Two degrees: 1 - t / sqrt(2 + t^2).
+    assert found["p"] == pytest.approx(1 - math.sqrt(7) / 3)
     assert compare.paired([0.5])["p"] is None
     assert compare.paired([0.0, 0.0])["p"] == 1 and compare.paired([0.5, 0.5])["p"] == 0
 
@@ -333,8 +335,10 @@ def test_the_study_trains_with_the_real_scripts(base, copied, root, measured, mo
     rows = study.read("main")["toy"]
     done = result(copied, "toy/mmlora-all-r1-lr0.03-s0")
     assert rows["mmlora"]["lr"] == 0.03 and rows["mmlora"]["epochs"] == f"{UMFT_EPOCHS} + 1"
-    assert rows["mmlora"]["seeds"]["0"]["accuracy"] == round(100 * done["test"]["prob"]["accuracy"], 4)
-    assert rows["ume"]["seeds"]["0"]["accuracy"] == round(100 * done["ume"]["test"]["prob"]["accuracy"], 4)
+    assert rows["mmlora"]["seeds"]["0"]["accuracy"] == round(
+        100 * done["test"]["prob"]["accuracy"], 4)
+    assert rows["ume"]["seeds"]["0"]["accuracy"] == round(
+        100 * done["ume"]["test"]["prob"]["accuracy"], 4)
     assert rows["mmlora"]["command"].startswith("python train_joint.py --dataset toy --lora all")
     assert sum(points for _, points in rows["mmlora_gain"]["seeds"]["0"].values()) == pytest.approx(
         rows["mmlora"]["seeds"]["0"]["accuracy"] - rows["ume"]["seeds"]["0"]["accuracy"], abs=1e-3)

@@ -97,7 +97,8 @@ def test_longer_umft_trains_all_weights_each_on_its_own(copied, root, monkeypatc
     done = result(copied, "toy/separate_full-s0")
     assert seen == [True] * STEPS
     assert done["trained_parameters"] == sum(
-        t.numel() for m in ("audio", "visual") for t in tensors(copied, f"toy/unimodal-{m}-s0").values())
+        t.numel() for m in ("audio", "visual")
+        for t in tensors(copied, f"toy/unimodal-{m}-s0").values())
 
 
 def test_modalities_are_dropped_but_never_all_of_lora():
@@ -116,7 +117,8 @@ def test_the_loss_is_of_what_is_left(copied, root, monkeypatch):
     seen, count = [], runs.Run.count
     monkeypatch.setattr(runs.Run, "count", lambda self, loss, z, y: (seen.append(tuple(z)),
                                                                      count(self, loss, z, y)))
-    call("baselines.drop_modality", *ONE, "--batch-size", 50, "--drop-modality", 0.6, out=copied, root=root)
+    call("baselines.drop_modality", *ONE, "--batch-size", 50, "--drop-modality", 0.6,
+         out=copied, root=root)
     assert len(seen) == 4 and {len(kept) for kept in seen} == {1, 2}
     as_stored(copied, "toy/drop_modality-all-r1-drop-modality-0.6-s0", root)
 
@@ -135,7 +137,8 @@ def test_a_share_of_train_is_drawn_with_the_seed(root):
     index = torch.tensor([0, 7, 59])
     x, y = data.inputs(large, index, models, "cpu", dict(audio_shift=0))
     rows = large.rows[index]
-    assert np.array_equal(x["audio"][:, :, 0].numpy(), whole.arrays["audio"][rows].astype(np.float32))
+    assert np.array_equal(x["audio"][:, :, 0].numpy(),
+                          whole.arrays["audio"][rows].astype(np.float32))
     assert torch.equal(y, whole.labels[rows])
 
 

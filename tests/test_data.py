@@ -1,5 +1,5 @@
-"""Reading, augmentation and the generated toys: what a batch holds, where its randomness comes from,
-what the toys promise."""
+"""Reading, augmentation and the generated toys: what a batch holds,
+where its randomness comes from, what the toys promise."""
 import importlib
 import json
 import shutil
@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from data import (Split, batches, centre_crop, epoch_rng, inputs, log_mel, model_input, parts, pick_views,
-                  random_crop)
+from data import (Split, batches, centre_crop, epoch_rng, inputs, log_mel, model_input, parts,
+                  pick_views, random_crop)
 from encoders import UnimodalModel, build
 from harness.arguments import PREPARED, find
 from paper import settings
@@ -180,7 +180,8 @@ def test_random_crop_takes_what_it_says_once_for_all_views():
     x = torch.stack([ramp, ramp.T, ramp]).to(torch.uint8).expand(n, 2, 3, S, S)
     out = random_crop(x, 32, dict(PLAIN, crop=(0.5, 1.0)), "image", rng())
     assert torch.equal(out[:, 0], out[:, 1])
-    across, down = out[:, 0, 0, 16], out[:, 0, 1, :, 16]     # (n, 32) columns and rows of the source
+    # (n, 32) columns and rows of the source
+    across, down = out[:, 0, 0, 16], out[:, 0, 1, :, 16]
     # Shares of the source; away from the border.
     w, h = ((v[:, -4] - v[:, 3]) / 25 * 32 / S for v in (across, down))
     area, ratio = w * h, w / h
@@ -219,7 +220,8 @@ def test_pictures_are_normalised_as_their_encoder_was(tmp_path):
 
 def test_frames_seen_are_the_frames_meant(tmp_path):
     frames = torch.arange(8, dtype=torch.uint8).view(1, 8, 1, 1, 1).expand(6, 8, 3, 32, 32).clone()
-    frames += torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1, 1) * 10     # sample 4, frame 3: 43
+    # Sample 4, frame 3: 43.
+    frames += torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1, 1) * 10
     split = prepared(tmp_path, {"visual": "frames"}, visual=frames.numpy())
     mean, std = (torch.tensor(v) for v in VIT.pixels)
 
@@ -232,7 +234,8 @@ def test_frames_seen_are_the_frames_meant(tmp_path):
     assert (seen // 10 == torch.arange(6)[:, None]).all() and (seen.diff(dim=1) > 0).all()
     assert len(set(map(tuple, (seen % 10).tolist()))) > 1     # each sample its own
     for generator in (None, rng()):     # fewer stored than wanted: all of them
-        x = model_input(split, "visual", torch.tensor([2]), VIT, "cpu", dict(EVAL, frames=20), generator)
+        x = model_input(split, "visual", torch.tensor([2]), VIT, "cpu", dict(EVAL, frames=20),
+                        generator)
         assert which(x).tolist() == [list(range(20, 28))]
 
 
@@ -282,7 +285,8 @@ def test_inputs_of_a_batch(tmp_path):
     split = prepared(tmp_path, {"visual": "image", "audio": "audio"}, np.arange(5),
                      visual=pictures(5, 1, 3, 36, 36).numpy(),
                      audio=torch.randn(5, 1, 32, 64, generator=rng()).half().numpy())
-    models = torch.nn.ModuleDict({"audio": UnimodalModel(AUDIO, 3), "visual": UnimodalModel(VIT, 3)})
+    models = torch.nn.ModuleDict({"audio": UnimodalModel(AUDIO, 3),
+                                  "visual": UnimodalModel(VIT, 3)})
     index = torch.tensor([1, 3])
     x, y = inputs(split, index, models, "cpu", EVAL)
     assert list(x) == ["visual", "audio"] and y.tolist() == [1, 3]
@@ -292,7 +296,8 @@ def test_inputs_of_a_batch(tmp_path):
     assert list(one) == ["audio"]
     again = {m: model_input(split, m, index, models[m].encoder, "cpu", EVAL, draw)
              for draw in [rng(4)] for m in ("visual", "audio")}
-    x, _ = inputs(split, index, models, "cpu", EVAL, rng(4))     # one generator, one after the other
+    # One generator, one after the other.
+    x, _ = inputs(split, index, models, "cpu", EVAL, rng(4))
     assert all(torch.equal(x[m], again[m]) for m in x)
 
 
@@ -343,7 +348,8 @@ def test_log_mel_needs_one_frame():
 
 # ---- the toys ----
 def small_toys(folder, names=("toy",), seeds=(0,), sizes=(60, 30, 90)):
-    before, toy.SIZES = toy.SIZES, dict.fromkeys(toy.WORLDS, dict(zip(("train", "val", "test"), sizes)))
+    before, toy.SIZES = toy.SIZES, dict.fromkeys(toy.WORLDS,
+                                                 dict(zip(("train", "val", "test"), sizes)))
     try:
         return [find(folder, name, seed) for name in names for seed in seeds]
     finally:
@@ -363,8 +369,10 @@ def test_toys_are_made_once_and_the_same_from_the_same_seed(tmp_path, capsys):
     for file in ("train/audio.npy", "train/visual.npy", "train/labels.npy", "test/audio.npy"):
         assert contents(one)[file] != contents(other)[file]
     # No split repeats another.
-    assert len({(one / split / "audio.npy").read_bytes() for split in ("train", "val", "test")}) == 3
-    assert sorted(f.name for f in (tmp_path / "a").iterdir()) == ["toy-s0", "toy-s1"]     # nothing else
+    assert len({(one / split / "audio.npy").read_bytes()
+                for split in ("train", "val", "test")}) == 3
+    # Nothing else.
+    assert sorted(f.name for f in (tmp_path / "a").iterdir()) == ["toy-s0", "toy-s1"]
 
 
 @pytest.mark.parametrize("leftover", [False, True])
@@ -388,8 +396,8 @@ def test_a_toy_of_other_code_is_made_anew(leftover, tmp_path, capsys):
 
 
 def test_a_toy_that_another_process_made_meanwhile_is_kept(tmp_path, monkeypatch):
-    """Two scripts started at once make the same files: the second must not take them away from under
-    the first."""
+    """Two scripts started at once make the same files:
+    the second must not take them away from under the first."""
     folder = small_toys(tmp_path)[0]
     before = {f: f.stat().st_ino for f in folder.rglob("*")}
     made_by = json.loads((folder / "dataset.json").read_text())["made_by"]
@@ -426,13 +434,15 @@ def test_toys_follow_the_prepared_format_with_exact_class_counts(name, tmp_path)
                 assert number.shape == (n,) and number.dtype == np.int64
                 mine = number == info["sample_groups"].index(group)
             assert members.dtype == torch.bool and np.array_equal(members, mine)
-        assert (sum(members.int() for members in split.groups.values()) == 1).all()     # each in one
+        # Each in one.
+        assert (sum(members.int() for members in split.groups.values()) == 1).all()
         assert stored.exists() == (name != "toy_mimics")
     if name == "toy_mimics":
         assert list(split.groups) == list(info["groups"]) and "sample_groups" not in info
         assert info["groups"]["mimics"] == list(range(8, len(weight)))
     else:
-        assert list(split.groups) == info["sample_groups"] == ["both fine", "sound off", "sight off"]
+        assert (list(split.groups) == info["sample_groups"]
+                == ["both fine", "sound off", "sight off"])
         assert "groups" not in info and not toy.WORLDS[name]["mimics"]
     assert info["counts"] == {"train": 60, "val": 30, "test": 90}
     assert set(settings.settings_for(name)["encoders"]) == set(info["modalities"])
@@ -481,7 +491,8 @@ def test_what_is_off_is_off_in_a_fifth_each_and_never_both(name, monkeypatch):
             shift = (kind[off] - y[off]) % 8
             assert shift.unique().tolist() == list(range(1, 8))     # any other one
     if name == "toy":
-        assert heard[1][0] == list(creatures.OTHER_CONTOURS) and seen[1][0] == list(creatures.OTHER_SHAPES)
+        assert (heard[1][0] == list(creatures.OTHER_CONTOURS)
+                and seen[1][0] == list(creatures.OTHER_SHAPES))
         assert not set(heard[1][0]) & set(creatures.CONTOURS)
         assert not set(seen[1][0]) & set(creatures.SILHOUETTES)
     else:
@@ -510,8 +521,8 @@ def distance(a, b):
 
 @pytest.mark.parametrize("name", ["toy_mimics"])
 def test_a_mimic_cannot_be_told_from_its_models_by_one_sense(name, tmp_path):
-    """By ear class 8 is its caller, by eye its look-alike: a leak (of noise, contrast, loudness) would
-    set their spectra apart."""
+    """By ear class 8 is its caller, by eye its look-alike:
+    a leak (of noise, contrast, loudness) would set their spectra apart."""
     world = toy.WORLDS[name]
     split = Split(small_toys(tmp_path, [name], sizes=(1200, 10, 10))[0], "train")
     x = {m: torch.from_numpy(split.arrays[m][:, 0].astype(np.float64)) for m in ("audio", "visual")}
@@ -558,13 +569,14 @@ def test_a_spoilt_recording_is_noise_and_a_spoilt_picture_is_faint():
 
 
 def test_example_in_the_source_is_true():
-    """`prepare/toy.py` explains the toy by class 9; the example has to go with the world when that is
-    changed."""
+    """`prepare/toy.py` explains the toy by class 9;
+    the example has to go with the world when that is changed."""
     world = toy.WORLDS["toy_mimics"]
     call, shape = world["mimics"][1]
     text = Path(toy.__file__).read_text()
     contour, figure = list(creatures.CONTOURS)[call], list(creatures.SILHOUETTES)[shape]
-    assert f"class 9 = (call {call}: a {contour} tone, silhouette {shape}: a square {figure})" in text
+    assert (f"class 9 = (call {call}: a {contour} tone,"
+            f" silhouette {shape}: a square {figure})") in text
 
     def posterior(sense, value):
         weight = {}

@@ -1,8 +1,8 @@
 """Encoders and public checkpoints against the reference libraries.
 
 `fixtures/encoders` holds tiny random models made with open_clip, ImageBind, transformers and
-torchvision: checkpoint files in the public layouts, inputs, and what the library answered. So a test
-here proves the rename and the arithmetic at once, without a download.
+torchvision: checkpoint files in the public layouts, inputs, and what the library answered.
+So a test here proves the rename and the arithmetic at once, without a download.
 """
 import copy
 import hashlib
@@ -21,17 +21,18 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from encoders import (BERT, BUILD, AudioViT, DeBERTa, PreNormBlock, ResNet, UnimodalModel, ViT, build,
-                      padding_mask)
+from encoders import (BERT, BUILD, AudioViT, DeBERTa, PreNormBlock, ResNet, UnimodalModel, ViT,
+                      build, padding_mask)
 from lora import add_lora, merge_lora
 from pretrained import checkpoints
-from pretrained.checkpoints import (PUBLIC, Public, download, export_public, load_public, public_names,
-                                    public_state)
+from pretrained.checkpoints import (PUBLIC, Public, download, export_public, load_public,
+                                    public_names, public_state)
 
 FIXTURES = Path(__file__).parent / "fixtures" / "encoders"
 TEXT = dict(width=32, depth=3, heads=4, mlp_width=128, max_length=24)
 MODELS = {     # fixture -> (encoder of its sizes, its checkpoint files)
-    "openclip": (lambda: ViT(32, 8, 32, 3, 4), ["open_clip_pytorch_model.bin", "open_clip_model.safetensors"]),
+    "openclip": (lambda: ViT(32, 8, 32, 3, 4),
+                 ["open_clip_pytorch_model.bin", "open_clip_model.safetensors"]),
     "imagebind_audio": (lambda: AudioViT(32, 3, 4, drop_path=0.1), ["imagebind_huge.pth"]),
     "bert": (lambda: BERT(67, **TEXT), ["pytorch_model.bin", "model.safetensors"]),
     "deberta": (lambda: DeBERTa(71, **TEXT), ["pytorch_model.bin"]),
@@ -92,11 +93,13 @@ def watch(module, call):
 def test_transformers_equal_the_reference(model, file):
     encoder, x = loaded(model, file), io(model)
     args = inputs(model, x)
-    tokens, embedded = encoder.tokens(*args), encoder.embed(*(args[0], args[2]) if model == "bert" else args)
+    tokens, embedded = (encoder.tokens(*args),
+                        encoder.embed(*(args[0], args[2]) if model == "bert" else args))
     if model == "deberta":     # the reference libraries differ at padded places
         tokens = tokens * x["input.attention_mask"][..., None]
         close(encoder(*args), x["out.cls"])
-        dense = torch.nn.functional.linear(encoder(*args), x["pooler.dense.weight"], x["pooler.dense.bias"])
+        dense = torch.nn.functional.linear(encoder(*args), x["pooler.dense.weight"],
+                                           x["pooler.dense.bias"])
         close(torch.nn.functional.gelu(dense), x["out.pooled"])
     else:
         close(encoder(*args), x["out.pooled"])
@@ -105,8 +108,10 @@ def test_transformers_equal_the_reference(model, file):
     if "out.last_block" in x:
         close(watch(encoder.blocks[-1], lambda: encoder.tokens(*args)), x["out.last_block"])
     if model in ("bert", "deberta"):
-        close(encoder(args[0], None, *args[2:]), encoder(*args), 0)     # the mask is found from the padding
-        nothing = torch.zeros(2, 5, dtype=torch.int32)     # padding only: with no key at all, some kernels give NaN
+        # The mask is found from the padding.
+        close(encoder(args[0], None, *args[2:]), encoder(*args), 0)
+        # Padding only: with no key at all, some kernels give NaN.
+        nothing = torch.zeros(2, 5, dtype=torch.int32)
         assert padding_mask(nothing).any(dim=1).all() and torch.isfinite(encoder(nothing)).all()
 
 
@@ -126,7 +131,8 @@ def test_resnets_equal_the_reference(model):
     close(encoder.feature_map(x["input.image"]), x["out.layer4"])
     close(encoder(x["input.image"]), x["out.pooled"])
     fc = tensors_of(FIXTURES / model / "resnet.pth")
-    close(torch.nn.functional.linear(encoder(x["input.image"]), fc["fc.weight"], fc["fc.bias"]), x["out.logits"])
+    close(torch.nn.functional.linear(encoder(x["input.image"]), fc["fc.weight"], fc["fc.bias"]),
+          x["out.logits"])
 
 
 @torch.no_grad()
@@ -143,7 +149,8 @@ def recipe_tensor(key, shape, seed):
     they were filled in the same way."""
     if key.endswith("num_batches_tracked"):
         return torch.zeros((), dtype=torch.int64)
-    x = np.random.RandomState((zlib.crc32(key.encode()) + seed) % 2**32).standard_normal(size=tuple(shape))
+    x = np.random.RandomState((zlib.crc32(key.encode()) + seed) % 2**32).standard_normal(
+        size=tuple(shape))
     if key.endswith("running_var"):
         x = np.exp(0.2 * x)
     elif key.endswith(("running_mean", "bias")):
@@ -158,13 +165,15 @@ def recipe_tensor(key, shape, seed):
 @pytest.mark.parametrize("name", ["resnet18", "resnet152"])
 @torch.no_grad()
 def test_full_size_resnets_equal_torchvision(name):
-    x, seed = io(f"{name}_recipe"), json.loads((FIXTURES / f"{name}_recipe/config.json").read_text())["seed"]
+    x, seed = (io(f"{name}_recipe"),
+               json.loads((FIXTURES / f"{name}_recipe/config.json").read_text())["seed"])
     with torch.device("meta"):
         encoder = build(name).eval()
     recipe = {key: recipe_tensor(key, t.shape, seed) for key, t in encoder.state_dict().items()}
     encoder.load_state_dict(recipe, assign=True)
     for key in (key for key in x if key.startswith("weight_head.") and "fc." not in key):
-        close(encoder.state_dict()[key.removeprefix("weight_head.")].flatten()[:4], x[key].flatten(), 1e-6)
+        close(encoder.state_dict()[key.removeprefix("weight_head.")].flatten()[:4],
+              x[key].flatten(), 1e-6)
     close(encoder.feature_map(x["input.image"]), x["out.layer4"])
     close(encoder(x["input.image"]), x["out.pooled"])
 
@@ -172,16 +181,19 @@ def test_full_size_resnets_equal_torchvision(name):
 @every_transformer
 @torch.no_grad()
 def test_lora_on_query_key_value_equals_the_reference(model):
-    encoder, x, settings = loaded(model), io(model, "lora"), json.loads((FIXTURES / "lora.json").read_text())
+    encoder, x, settings = (loaded(model), io(model, "lora"),
+                            json.loads((FIXTURES / "lora.json").read_text()))
     names = add_lora(encoder, rank=settings["r"], scale=settings["scaling"])
     assert len(names) == 9     # three blocks; DeBERTa's position projections stay as they are
     for name in names:
         _, i, _, which = name.split(".")
         for half in "AB":
-            getattr(encoder.get_submodule(name), f"lora_{half}").copy_(x[f"layer.{i}.{which[0]}.{half}"])
+            getattr(encoder.get_submodule(name), f"lora_{half}").copy_(
+                x[f"layer.{i}.{which[0]}.{half}"])
     args = inputs(model, io(model))
     args = (args[0][:2],) if model == "imagebind_audio" else args
-    for encoder in (encoder, merge_lora(copy.deepcopy(encoder))):     # added, and folded into the weights
+    # Added, and folded into the weights.
+    for encoder in (encoder, merge_lora(copy.deepcopy(encoder))):
         tokens = encoder.tokens(*args)
         close(tokens * args[1][..., None] if model == "deberta" else tokens, x["out.tokens"])
         close(encoder(*args), x["out.cls" if model == "deberta" else "out.pooled"])
@@ -192,7 +204,8 @@ def test_lora_on_every_convolution_equals_the_reference():
     encoder, x = loaded("resnet_basic"), io("resnet_basic", "lora")
     settings = json.loads((FIXTURES / "lora.json").read_text())
     names = add_lora(encoder, rank=settings["r"], scale=settings["scaling"])
-    assert {f"peft.{name}.A" for name in names} == {key for key in x if key.startswith("peft.") and key.endswith(".A")}
+    assert ({f"peft.{name}.A" for name in names}
+            == {key for key in x if key.startswith("peft.") and key.endswith(".A")})
     for name in names:
         encoder.get_submodule(name).lora_A.copy_(x[f"peft.{name}.A"])
         encoder.get_submodule(name).lora_B.copy_(x[f"peft.{name}.B"])
@@ -200,12 +213,13 @@ def test_lora_on_every_convolution_equals_the_reference():
 
 
 def test_deberta_gradients():
-    """Against finite differences. The position scores enter the fused attention as its bias, and some
-    kernels give a bias no gradient."""
+    """Against finite differences. The position scores enter the fused attention as its bias,
+    and some kernels give a bias no gradient."""
     torch.manual_seed(0)
     encoder = DeBERTa(11, 8, 2, 2, 16, 5).double().eval()
     ids = torch.tensor([[1, 5, 7, 2], [1, 9, 2, 0]])
-    for name in ("relative.weight", "blocks.0.attention.pos_query.weight", "blocks.1.attention.query.bias"):
+    for name in ("relative.weight", "blocks.0.attention.pos_query.weight",
+                 "blocks.1.attention.query.bias"):
         # Times 20: away from the small numbers of the start.
         weight = encoder.get_parameter(name).detach().mul(20).requires_grad_()
         call = lambda w: torch.func.functional_call(encoder, {name: w}, (ids,))
@@ -216,7 +230,8 @@ def test_deberta_gradients():
 
 @pytest.mark.parametrize("name, parameters", [
     # ours + what the public count includes and we leave out
-    ("vit_b16", 86_192_640 - 768 * 512), ("vit_b32", 87_849_216 - 768 * 512), ("vit_l14", 303_966_208 - 1024 * 768),
+    ("vit_b16", 86_192_640 - 768 * 512), ("vit_b32", 87_849_216 - 768 * 512),
+    ("vit_l14", 303_966_208 - 1024 * 768),
     ("bert_base", 109_482_240), ("bert_large", 335_141_888), ("bert_minilm", 22_713_216),
     ("deberta_base", 138_601_728), ("deberta_large", 405_163_008),
     ("resnet18", 11_689_512 - 513 * 1000), ("resnet152", 60_192_808 - 2049 * 1000),
@@ -251,7 +266,8 @@ def test_small_encoders_run_and_learn(name, shape):
     assert feature.shape == (2, encoder.width)
     (feature * torch.randn_like(feature)).sum().backward()
     silent = {name for name, p in encoder.named_parameters() if p.grad is None or not p.grad.any()}
-    # A key's bias shifts all scores of a query alike, so softmax ignores it: its gradient is rounding, or zero.
+    # A key's bias shifts all scores of a query alike, so softmax ignores it:
+    # its gradient is rounding, or zero.
     assert {name for name in silent if not name.endswith("key.bias")} == set()
     assert len(x) == 2 and not torch.equal(feature[0], feature[1])
 
@@ -315,7 +331,8 @@ def test_drop_path_leaves_out_whole_samples_and_keeps_the_mean():
     torch.testing.assert_close(out, branch / 0.75 * kept[:, None, None])
     assert abs(kept.float().mean() - 0.75) < 0.03
     assert torch.equal(block.eval().skip(branch), branch)
-    assert [round(b.drop_path, 4) for b in AudioViT(8, 3, 2, drop_path=0.1).blocks] == [0, 0.05, 0.1]
+    assert ([round(b.drop_path, 4) for b in AudioViT(8, 3, 2, drop_path=0.1).blocks]
+            == [0, 0.05, 0.1])
     with torch.device("meta"):
         assert build("audio_vit_b").blocks[-1].drop_path == 0.1
 
@@ -325,7 +342,8 @@ def test_drop_path_can_be_switched_off(name):
     with torch.device("meta"):
         assert all(block.drop_path == 0 for block in build(name, drop_path=0.0).blocks)
     torch.manual_seed(0)
-    kept, off = (build(name, width=32, depth=2, heads=4, drop_path=rate).train() for rate in (0.5, 0.0))
+    kept, off = (build(name, width=32, depth=2, heads=4, drop_path=rate).train()
+                 for rate in (0.5, 0.0))
     mel = torch.randn(8, 1, *off.mel)
     assert torch.equal(off(mel), off(mel)) and not torch.equal(kept(mel), kept(mel))
 
@@ -333,7 +351,8 @@ def test_drop_path_can_be_switched_off(name):
 def test_text_encoders_say_whose_ids_they_read():
     assert {name: kind.tokenizer for name, (kind, _) in BUILD.items() if kind.tokenizer} == {
         "bert_base": "wordpiece", "bert_large": "wordpiece", "bert_small": "wordpiece",
-        "bert_minilm": "wordpiece", "deberta_base": "byte_bpe", "deberta_large": "byte_bpe", "deberta_small": "byte_bpe"}
+        "bert_minilm": "wordpiece", "deberta_base": "byte_bpe", "deberta_large": "byte_bpe",
+        "deberta_small": "byte_bpe"}
 
 
 @pytest.mark.parametrize("model", ["bert", "deberta"])
@@ -348,11 +367,13 @@ def test_dropout_where_the_originals_have_it(model):
     if model == "deberta":     # on the table of relative positions, anew in every block
         seen = []
         for block in encoder.blocks:
-            block.attention.pos_key.register_forward_pre_hook(lambda module, args: seen.append(args[0][:, :14]))
+            block.attention.pos_key.register_forward_pre_hook(
+                lambda module, args: seen.append(args[0][:, :14]))
         encoder(ids)
         assert all(0.03 < (relative == 0).float().mean() < 0.2 for relative in seen)
         assert not torch.equal(seen[0], seen[1])
-        for block in encoder.blocks:     # without it, the next line is about the probabilities alone
+        # Without it, the line behind the loop is about the probabilities alone.
+        for block in encoder.blocks:
             block.attention.pos_key.weight.zero_()
             block.attention.pos_query.weight.zero_()
     assert not torch.equal(encoder(ids), encoder(ids))     # on the attention probabilities
@@ -379,7 +400,8 @@ def test_export_of_an_untouched_encoder_is_the_file_again(model, file, suffix, t
     export_public(loaded(model, file), tmp_path / f"out{suffix}", source)
     theirs, ours = tensors_of(source), tensors_of(tmp_path / f"out{suffix}")
     assert ours.keys() == theirs.keys()
-    assert all(ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert all(ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name])
+               for name in theirs)
     assert [path.name for path in tmp_path.iterdir()] == [f"out{suffix}"]
 
 
@@ -403,12 +425,16 @@ def test_public_state_needs_no_reference(model, tmp_path):
 def test_spellings_of_bert(tmp_path):
     """Newer copies say weight and bias for gamma and beta, and carry position_ids."""
     state = tensors_of(FIXTURES / "bert/model.safetensors")
-    state = {name.replace("gamma", "weight").replace("beta", "bias"): tensor for name, tensor in state.items()}
-    save_file(state | {"bert.embeddings.position_ids": torch.arange(24)[None]}, tmp_path / "model.safetensors")
+    state = {name.replace("gamma", "weight").replace("beta", "bias"): tensor
+             for name, tensor in state.items()}
+    save_file(state | {"bert.embeddings.position_ids": torch.arange(24)[None]},
+              tmp_path / "model.safetensors")
     encoder = load_public(make("bert"), tmp_path / "model.safetensors")
-    assert all(torch.equal(t, loaded("bert").state_dict()[name]) for name, t in encoder.state_dict().items())
+    assert all(torch.equal(t, loaded("bert").state_dict()[name])
+               for name, t in encoder.state_dict().items())
     assert public_state(encoder, tmp_path / "model.safetensors").keys() <= state.keys()
-    assert not any(name.endswith(".gamma") for name in public_state(encoder))     # today's, where no file decides
+    # Today's, where no file decides.
+    assert not any(name.endswith(".gamma") for name in public_state(encoder))
 
 
 def test_training_checkpoint_of_open_clip_and_old_pickles(tmp_path):
@@ -420,7 +446,8 @@ def test_training_checkpoint_of_open_clip_and_old_pickles(tmp_path):
     torch.save(half, tmp_path / "half.bin")
     for file in ("epoch_3.pt", "old.bin"):
         encoder = load_public(make("openclip"), tmp_path / file)
-        assert all(torch.equal(t, loaded("openclip").state_dict()[name]) for name, t in encoder.state_dict().items())
+        assert all(torch.equal(t, loaded("openclip").state_dict()[name])
+                   for name, t in encoder.state_dict().items())
     encoder = load_public(make("openclip"), tmp_path / "half.bin")
     export_public(encoder, tmp_path / "half_again.bin", tmp_path / "half.bin")
     again = tensors_of(tmp_path / "half_again.bin")
@@ -443,14 +470,16 @@ def test_loading_is_strict(model, file, tmp_path):
     state = tensors_of(FIXTURES / model / file)
     encoder = make(model)
     before = copy.deepcopy(encoder.state_dict())
-    victim = [name for name in public_names(encoder, list(state)) if name in state and state[name].dim() > 1][-1]
+    victim = [name for name in public_names(encoder, list(state))
+              if name in state and state[name].dim() > 1][-1]
     extra = "visual.extra" if model == "openclip" else f"{victim}_extra"
     for change, message in [
         ({victim: None}, f"1 missing ({victim})"),
         ({extra: torch.zeros(1)}, "1 unexpected ("),
         ({victim: state[victim][:, 1:]}, f"1 wrong shape ({victim} "),
     ]:
-        torch.save({name: t for name, t in {**state, **change}.items() if t is not None}, tmp_path / "bad.pth")
+        torch.save({name: t for name, t in {**state, **change}.items() if t is not None},
+                   tmp_path / "bad.pth")
         with pytest.raises(ValueError, match=re.escape(message)):
             load_public(encoder, tmp_path / "bad.pth")
     # Not even the tensors that would have fitted.
@@ -467,8 +496,10 @@ def test_other_sizes_are_refused(tmp_path):
     load_public(flow, FIXTURES / "resnet_basic/resnet.pth")
     with pytest.raises(ValueError, match="conv1.weight"):     # an average can't be turned back
         export_public(flow, tmp_path / "flow.pth", FIXTURES / "resnet_basic/resnet.pth")
-    export_public(flow, tmp_path / "flow.pth")     # as it is, it can be kept, and loaded into a net of the same kind
-    assert torch.equal(load_public(copy.deepcopy(flow), tmp_path / "flow.pth").conv1.weight, flow.conv1.weight)
+    # As it is, it can be kept, and loaded into a net of the same kind.
+    export_public(flow, tmp_path / "flow.pth")
+    assert torch.equal(load_public(copy.deepcopy(flow), tmp_path / "flow.pth").conv1.weight,
+                       flow.conv1.weight)
     with pytest.raises(ValueError, match="conv1.weight"):
         load_public(ResNet((2, 2, 2, 2), False, width=8), tmp_path / "flow.pth")
 
@@ -477,9 +508,11 @@ def test_files_that_are_something_else(tmp_path):
     whole = (FIXTURES / "openclip/open_clip_model.safetensors").read_bytes()
     zipped = (FIXTURES / "openclip/open_clip_pytorch_model.bin").read_bytes()
     old = tmp_path / "old.bin"
-    torch.save(tensors_of(FIXTURES / "openclip/open_clip_pytorch_model.bin"), old, _use_new_zipfile_serialization=False)
+    torch.save(tensors_of(FIXTURES / "openclip/open_clip_pytorch_model.bin"), old,
+               _use_new_zipfile_serialization=False)
     for name, content, message in [
-        ("pointer.bin", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 598641023\n",
+        ("pointer.bin",
+         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 598641023\n",
          "Git LFS pointer"),
         ("page.bin", b"\n<!DOCTYPE html><html>", "web page"),
         ("cut.safetensors", whole[:-100], "cut short"), ("cut.bin", zipped[:-100], "cut short"),
@@ -493,12 +526,14 @@ def test_files_that_are_something_else(tmp_path):
     torch.save([1, 2], tmp_path / "list.bin")
     with pytest.raises(ValueError, match="not a dictionary of tensors"):
         load_public(make("openclip"), tmp_path / "list.bin")
-    with pytest.raises(ValueError, match="cannot be read"):     # a pickle that would run code is not run
+    # A pickle that would run code is not run.
+    with pytest.raises(ValueError, match="cannot be read"):
         torch.save({"weight": tmp_path}, tmp_path / "code.bin")
         load_public(make("openclip"), tmp_path / "code.bin")
     with pytest.raises(ValueError, match="needs a checkpoint of OpenCLIP, this one holds BERT"):
         load_public(make("openclip"), FIXTURES / "bert/pytorch_model.bin")
-    torch.save({"vision_model.embeddings.class_embedding": torch.zeros(32)}, tmp_path / "transformers.bin")
+    torch.save({"vision_model.embeddings.class_embedding": torch.zeros(32)},
+               tmp_path / "transformers.bin")
     with pytest.raises(ValueError, match="take the open_clip_"):
         load_public(make("openclip"), tmp_path / "transformers.bin")
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -518,7 +553,8 @@ def test_files_that_are_something_else(tmp_path):
 
 @pytest.fixture
 def server():
-    """A web server on this machine: /whole and /cut (half of what its header promises); anything else is not found."""
+    """A web server on this machine: /whole and /cut (half of what its header promises);
+    anything else is not found."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self, body=True):
             content = b"weights" * 1000
@@ -548,9 +584,11 @@ def test_download(server, monkeypatch, tmp_path):
     monkeypatch.setitem(PUBLIC, "vit_b16", Public(f"{address}/whole.pth", 0.1, "MIT"))
     path = download("vit_b16", tmp_path)
     assert path == tmp_path / "vit_b16" / "whole.pth" and path.read_bytes() == b"weights" * 1000
-    assert download("vit_b16", tmp_path) == path and server.served == 1     # the second time it is there
+    # The second time it is there.
+    assert download("vit_b16", tmp_path) == path and server.served == 1
     for url, sha256, reason in [
-        (f"{address}/cut.pth", None, "got 3500 of 7000 bytes"), (f"{address}/none.pth", None, "404"),
+        (f"{address}/cut.pth", None, "got 3500 of 7000 bytes"),
+        (f"{address}/none.pth", None, "404"),
         (f"{address}/whole.pth", "00000000", "invalid hash"),
         ("http://127.0.0.1:1/whole.pth", None, "refused"),
     ]:
@@ -558,8 +596,10 @@ def test_download(server, monkeypatch, tmp_path):
         with pytest.raises(ConnectionError, match=reason) as error:
             download("vit_b32", tmp_path)
         message = str(error.value)
-        assert url in message and "0.6 GB" in message and str(tmp_path / "vit_b32") in message and "\n" not in message
-        assert not [file for file in tmp_path.glob("vit_b32/*")]     # nothing half-fetched, under any name
+        assert (url in message and "0.6 GB" in message and str(tmp_path / "vit_b32") in message
+                and "\n" not in message)
+        # Nothing half-fetched, under any name.
+        assert not [file for file in tmp_path.glob("vit_b32/*")]
     with pytest.raises(ValueError, match="vit_b16"):
         download("vit_mini", tmp_path)
 
@@ -581,7 +621,8 @@ def test_what_this_project_ships_is_loaded_where_it_lies(name, tmp_path):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_damaged_shipped_file_is_refused(name, tmp_path, monkeypatch):
-    """Cut short, one bit turned, not there, or another file: one line says which file, and what to do."""
+    """Cut short, one bit turned, not there, or another file:
+    one line says which file, and what to do."""
     whole = download(name).read_bytes()
     monkeypatch.setattr(checkpoints, "PROJECT", tmp_path)
     path = checkpoints.place(name)
@@ -597,7 +638,8 @@ def test_a_damaged_shipped_file_is_refused(name, tmp_path, monkeypatch):
         with pytest.raises(ValueError) as error:
             download(name)
         message = str(error.value)
-        assert message.startswith(f"{path} is not the file that this project came with") and "\n" not in message
+        assert (message.startswith(f"{path} is not the file that this project came with")
+                and "\n" not in message)
         assert PUBLIC[name].sha256 in message and "--pretrained" in message
         assert ("not there" in message) == (content is None)
         assert path.exists() == (content is not None) and len(list(path.parent.iterdir())) <= 1
@@ -606,16 +648,19 @@ def test_a_damaged_shipped_file_is_refused(name, tmp_path, monkeypatch):
 
 def test_public_sources_cover_the_table():
     small = {name for name in BUILD if name.endswith(("_mini", "_small"))}
-    assert BUILD.keys() - small <= PUBLIC.keys() and not small & PUBLIC.keys() and len(BUILD.keys() - small) >= 12
+    assert (BUILD.keys() - small <= PUBLIC.keys() and not small & PUBLIC.keys()
+            and len(BUILD.keys() - small) >= 12)
     for name in SHIPPED:
         public = PUBLIC[name]
         assert public.url == f"pretrained/toy/{name}.safetensors" and public.licence == "MIT"
         content = (ROOT / public.url).read_bytes()
-        assert hashlib.sha256(content).hexdigest().startswith(public.sha256) and len(public.sha256) >= 8
+        assert (hashlib.sha256(content).hexdigest().startswith(public.sha256)
+                and len(public.sha256) >= 8)
         assert 0.5 < len(content) / (public.gigabytes * 1e9) < 2
     for name, public in PUBLIC.items():
         if name in SHIPPED:
             continue
         assert public.url.startswith("https://") and 0 < public.gigabytes < 5 and public.licence
-        hashed = re.search(r"-([0-9a-f]{8})\.pth$", public.url)     # torchvision writes the hash into the file's name
+        # torchvision writes the hash into the file's name.
+        hashed = re.search(r"-([0-9a-f]{8})\.pth$", public.url)
         assert public.sha256 == (hashed and hashed[1])

@@ -43,8 +43,9 @@ class Project:
         (self.folder / file).write_text(text.replace(old, new))
 
     def start(self, script: str, *words) -> tuple:
-        """`python script words` in this folder, a process of its own. It is forked off this one, and
-        so need not import torch again; what this one has imported of the project is forgotten."""
+        """`python script words` in this folder, a process of its own.
+        It is forked off this one, and so need not import torch again;
+        what this one has imported of the project is forgotten."""
         out, err = (tempfile.TemporaryFile("w+") for _ in range(2))
         pid = os.fork()
         if pid:
@@ -78,7 +79,8 @@ class Project:
     def error(self, *words) -> str:
         """-> the one line that it ended with."""
         done = self.finish(*self.start(*words))
-        assert done.code == 1 and done.err.startswith("error: ") and done.err.count("\n") == 1, done.err
+        assert (done.code == 1 and done.err.startswith("error: ")
+                and done.err.count("\n") == 1), done.err
         return done.err
 
     def bytes_of(self, *names) -> dict:
@@ -123,7 +125,8 @@ def finished(root, tmp_path_factory):
         if copy.parent.name != "tests":
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(source)
-    shutil.copytree(ROOT / "pretrained" / "toy", folder / "pretrained" / "toy")     # what the toy starts from
+    # What the toy starts from.
+    shutil.copytree(ROOT / "pretrained" / "toy", folder / "pretrained" / "toy")
     shutil.copytree(root / "toy-s0", folder / "data" / "toy-s0")
     shutil.copytree(root / "toy-s0", folder / "data" / "birds")
     file = folder / "data" / "birds" / "dataset.json"
@@ -215,7 +218,8 @@ def test_comments_and_what_only_shows_change_nothing(project):
 @pytest.mark.parametrize("file, old, new, step_1", [
     ("encoders.py", "class ViT(", "A_NEW_NAME = 1\n\n\nclass ViT(", [AUDIO, VISUAL]),
     ("harness/optim.py", "class BertAdam(", "A_NEW_NAME = 1\n\n\nclass BertAdam(", [AUDIO, VISUAL]),
-    ("train_unimodal.py", "            step += 1\n", "            step += 1 + 0\n", [AUDIO, VISUAL]),
+    ("train_unimodal.py", "            step += 1\n", "            step += 1 + 0\n",
+     [AUDIO, VISUAL]),
     ("train_joint.py", "            step += 1\n", "            step += 1 + 0\n", [])])
 def test_which_steps_an_edit_trains_anew(file, old, new, step_1, project):
     """Here the numbers stay, so step 3 starts from the same models; its code has changed or not."""
@@ -230,7 +234,8 @@ def test_which_steps_an_edit_trains_anew(file, old, new, step_1, project):
 
 def test_a_students_own_file_counts(project):
     (project.folder / "mine.py").write_text("FACTOR = 1\n")
-    project.edit("train_joint.py", "import train_unimodal\n", "import mine\nimport train_unimodal\n")
+    project.edit("train_joint.py", "import train_unimodal\n",
+                 "import mine\nimport train_unimodal\n")
     project.edit("train_joint.py", "loss = mean_prob_loss(logits, y)",
                  "loss = mine.FACTOR * mean_prob_loss(logits, y)")
     printed = project.run(*JOINT)
@@ -328,8 +333,8 @@ def test_data_prepared_anew_are_not_answered_with_old_results(project):
     labels[:5] = (labels[:5] + 1) % 8
     np.save(file, labels)
     told = project.error(*JOINT, *BIRDS)
-    assert told == (f"error: runs/birds/{AUDIO_OF_BIRDS}: the data have changed since it was trained;"
-                    " --again moves it aside and trains anew\n")
+    assert told == (f"error: runs/birds/{AUDIO_OF_BIRDS}: the data have changed since it was"
+                    " trained; --again moves it aside and trains anew\n")
     assert everything(project.runs) == before
     shown = project.run("evaluate.py", "--run", f"runs/birds/{AUDIO_OF_BIRDS}")
     # `evaluate.py` compares with the data where the run found them: those of `finished`.
@@ -389,7 +394,8 @@ def test_a_run_without_fingerprint_is_not_trusted(project):
 
 def test_an_edit_while_it_trains_is_caught(project):
     """A run is the work of the code that was there when it began."""
-    edit = f"__import__('pathlib').Path('lora.py').write_text(open('lora.py').read().replace(*{LOSS!r}))"
+    edit = ("__import__('pathlib').Path('lora.py')"
+            f".write_text(open('lora.py').read().replace(*{LOSS!r}))")
     project.edit("train_joint.py", "    # ---- Data ----\n", f"    {edit}\n")
     project.run(*JOINT, "--rank", 2)
     assert LOSS[1] in (project.folder / "lora.py").read_text()
@@ -406,7 +412,8 @@ def names_of(script):
 
 def test_which_files_count():
     common = {"data.py", "encoders.py", "harness/metrics.py", "harness/optim.py"}
-    assert names_of("train_unimodal.py") == common | {"train_unimodal.py"}     # lora.py is not there
+    # lora.py is not there.
+    assert names_of("train_unimodal.py") == common | {"train_unimodal.py"}
     assert names_of("train_joint.py") == common | {"train_joint.py", "lora.py"}
     assert names_of("baselines/full_ume.py") == common | {"baselines/full_ume.py", "lora.py"}
     assert names_of("baselines/separate.py") == common | {"baselines/separate.py", "lora.py"}
@@ -431,17 +438,20 @@ def test_comments_docstrings_and_spaces_do_not_count(tmp_path):
         assert written(tmp_path, text) == one
     for text in ('import math\n\n\ndef f(x):\n    return math.exp(x) + 1.0\n',
                  'import math\n\n\ndef f(y):\n    return math.exp(y) + 1\n',
-                 'import math\n\n\ndef f(x):\n    x = "not a docstring"\n    return math.exp(x) + 1\n',
+                 'import math\n\n\ndef f(x):\n    x = "not a docstring"\n'
+                 '    return math.exp(x) + 1\n',
                  'import math\n\n\n\ndef f(x):\n    return math.exp(x) - 1\n'):
         assert written(tmp_path, text) != one
-    docstring = 'class A:\n    """A."""\n\n    async def f(self):\n        """f"""\n        return 1\n'
+    docstring = ('class A:\n    """A."""\n\n'
+                 '    async def f(self):\n        """f"""\n        return 1\n')
     other = re.sub('""".*?"""', '"""Other."""', docstring)
     assert written(tmp_path, docstring) == written(tmp_path, other)
 
 
 def test_a_broken_or_missing_file_has_a_fingerprint_too(tmp_path):
     """A student's syntax error is told by Python, in the file where it is; not by this one."""
-    assert written(tmp_path, "def f(:\n") == "none" == fingerprint.hash_of_code(tmp_path / "gone.py")
+    assert (written(tmp_path, "def f(:\n") == "none"
+            == fingerprint.hash_of_code(tmp_path / "gone.py"))
     assert fingerprint.imports(tmp_path / "gone.py") == []
 
 
@@ -450,7 +460,8 @@ def test_imports_are_followed_wherever_they_stand(tmp_path):
             "from baselines.parts import ConcatHead\n"
             "def f():\n    if True:\n        import data\n    from encoders import build\n")
     written(tmp_path, text)
-    found = {path.relative_to(ROOT).as_posix() for path in fingerprint.imports(tmp_path / "some.py")}
+    found = {path.relative_to(ROOT).as_posix()
+             for path in fingerprint.imports(tmp_path / "some.py")}
     assert found - {"harness/__init__.py", "baselines/__init__.py"} == {
         "lora.py", "harness/optim.py", "baselines/parts.py", "data.py", "encoders.py"}
 
@@ -474,7 +485,8 @@ def test_what_differs_is_named():
     now = dict(version=1, python="3.11", code={"lora.py": "a", "data.py": "b"}, data="d")
     assert fingerprint.differences(now, now) == []
     assert fingerprint.differences(dict(now, data="e"), now) == ["the data"]
-    assert fingerprint.differences(dict(now, code={"lora.py": "c", "data.py": "b"}), now) == ["lora.py"]
+    assert (fingerprint.differences(dict(now, code={"lora.py": "c", "data.py": "b"}), now)
+            == ["lora.py"])
     assert fingerprint.differences(dict(now, code={"lora.py": "a"}), now) == ["data.py"]
     told, = fingerprint.differences(dict(now, python="3.12"), now)
     assert "3.12" in told and "3.11" in told
@@ -524,8 +536,8 @@ def test_data_are_known_by_their_arrays(prepared, tmp_path):
     (prepared / "dataset.json").write_text(json.dumps(info | dict(classes=["y"])))
     assert hash_of(prepared) != before
     (prepared / "dataset.json").write_text(json.dumps(info))
-    for name, where in (("train/visual.npy", -1), ("train/visual.npy", 2 ** 20), ("val/labels.npy", -8),
-                        ("test/ids.txt", 0)):
+    for name, where in (("train/visual.npy", -1), ("train/visual.npy", 2 ** 20),
+                        ("val/labels.npy", -8), ("test/ids.txt", 0)):
         change_a_byte(prepared / name, where)
         assert hash_of(prepared) != before
         change_a_byte(prepared / name, where)

@@ -1,5 +1,5 @@
-"""The house of the design, as far as a program can judge it: which module imports which, what stands
-in a script, how wide a line is. Nothing is run."""
+"""The house of the design, as far as a program can judge it: which module imports which,
+what stands in a script, how wide a line is. Nothing is run."""
 import ast
 import difflib
 import functools
@@ -47,7 +47,8 @@ MODULES = {module_name(path): path for path in FILES}
 
 
 def imported_names(name: str, path: Path) -> set[str]:
-    """Whatever a module imports, anywhere in it; also by importlib.import_module(f"prepare.{x}")."""
+    """Whatever a module imports, anywhere in it;
+    also by importlib.import_module(f"prepare.{x}")."""
     names = set()
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
@@ -138,12 +139,14 @@ def test_there_is_no_circle():
 def room_of(module: str) -> tuple[int, str]:
     """-> (floor, room). Arrows point from a floor to a lower one, or stay in a room."""
     own = {"lora": 0, "encoders": 0, "data": 0, "paper": 1, "paper.settings": 1,
-           "train_unimodal": 4, "train_joint": 5, "evaluate": 6, "paper.results": 6, "paper.tables": 6}
+           "train_unimodal": 4, "train_joint": 5, "evaluate": 6,
+           "paper.results": 6, "paper.tables": 6}
     if module in own:
         room = "what is read" if own[module] == 0 else module.split(".")[0]
         return own[module], room
     folder = module.split(".")[0]
-    return {"pretrained": 1, "prepare": 2, "harness": 3, "baselines": 5, "lessons": 7, "results": 7}[folder], folder
+    return {"pretrained": 1, "prepare": 2, "harness": 3, "baselines": 5,
+            "lessons": 7, "results": 7}[folder], folder
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -275,8 +278,8 @@ def test_one_step_calls_seven_functions_by_name_at_most(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_nothing_calls_back_into_the_script(script):
-    """A function of the script goes to `metrics.predict` and nowhere else in the loop: one looks for
-    what happens in a step from top to bottom."""
+    """A function of the script goes to `metrics.predict` and nowhere else in the loop:
+    one looks for what happens in a step from top to bottom."""
     own = {n.name for n in ast.walk(train_of(script)) if isinstance(n, ast.FunctionDef)}
     _, batches = the_loop(script)
     for node in ast.walk(batches):
@@ -311,7 +314,8 @@ IDEA = {
 {MMLORA}
 +{SETTINGS}'separate', unimodal, tune='lora', lora=lora, fusion='prob')
 -                loss = mean_prob_loss(logits, y)
-+                loss = sum((metrics.cross_entropy(z, y) for z in logits.values())) / len(logits)""",
++                loss = sum((metrics.cross_entropy(z, y) for z in logits.values())) / len(logits)\
+""",
     "logits": f"""\
 -from lora import add_lora, lora_state_dict, mean_prob_loss
 +from lora import add_lora, lora_state_dict, mean_logits, mean_prob_loss
@@ -417,7 +421,8 @@ def test_a_copy_differs_in_its_idea_alone(copy):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_epilogue_is_the_same_everywhere(script):
-    """Behind the loop: load the best epoch, predict, finish. Test is opened there and nowhere else."""
+    """Behind the loop: load the best epoch, predict, finish.
+    Test is opened there and nowhere else."""
     body = train_of(script).body
     behind = body[body.index(the_loop(script)[0]) + 1:]
     last = [ast.unparse(node) for node in behind]

@@ -1,5 +1,6 @@
-"""The class kit keeps its word: the lesson runs from top to bottom, its text quotes its outputs, and
-every check of an exercise fails on the stub, passes on our answer, and notices a wrong answer."""
+"""The class kit keeps its word: the lesson runs from top to bottom, its text quotes its outputs,
+and every check of an exercise fails on the stub, passes on our answer,
+and notices a wrong answer."""
 import json
 import re
 import shutil
@@ -53,7 +54,8 @@ def test_the_lesson_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
 
 
 def outputs_of(cell: dict) -> str:
-    return "".join("".join(out["text"]) for out in cell["outputs"] if out["output_type"] == "stream")
+    return "".join("".join(out["text"]) for out in cell["outputs"]
+                   if out["output_type"] == "stream")
 
 
 def test_outputs_are_stored():
@@ -78,8 +80,8 @@ def test_cells_are_short():
 
 
 def test_the_text_quotes_the_outputs():
-    """Every decimal number in the text stands in an output above it, or, where the text links it, in
-    docs/toy.md."""
+    """Every decimal number in the text stands in an output above it,
+    or, where the text links it, in docs/toy.md."""
     study, above, quoted = (ROOT / "docs/toy.md").read_text(), "", 0
     for source, cell in CELLS:
         if cell["cell_type"] == "code":
@@ -144,7 +146,8 @@ WRONG = {
     "control": ("statistics.stdev", "statistics.pstdev", "yours is 0.519"),
     "ogm_ge": ("weakest = min(scores.values())", "weakest = sum(scores.values()) / len(scores)",
                "compared with the WEAKEST"),
-    "bf16": ("(W + BA).bfloat16()", "(W.bfloat16() + BA.bfloat16())", "on average it should be all"),
+    "bf16": ("(W + BA).bfloat16()", "(W.bfloat16() + BA.bfloat16())",
+             "on average it should be all"),
     "own_data": ("id=path", "id=clip.name", "Both classes may have a clip 1"),
 }
 
@@ -178,7 +181,8 @@ def test_the_suite_of_the_project_leaves_the_stubs_alone(pytestconfig):
 
 # ---- The pages ----
 
-COMMANDS = sorted({line for page in PAGES for line in test_readme.commands(page.read_text())} - {""})
+COMMANDS = sorted({line for page in PAGES for line in test_readme.commands(page.read_text())}
+                  - {""})
 
 
 @pytest.mark.parametrize("command", COMMANDS)

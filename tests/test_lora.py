@@ -1,5 +1,5 @@
-"""Eq. 2: what LoRA may change (at first nothing, then A and B only). Eq. 3: the loss of the averaged
-prediction, against float64."""
+"""Eq. 2: what LoRA may change (at first nothing, then A and B only).
+Eq. 3: the loss of the averaged prediction, against float64."""
 import copy
 import itertools
 import math
@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from encoders import BERT, AudioViT, DeBERTa, ResNet, UnimodalModel, ViT, build
-from lora import (KINDS, LoRAConv2d, LoRALinear, add_lora, lora_state_dict, mean_log_prob, mean_logits,
-                  mean_prob_loss, merge_lora)
+from lora import (KINDS, LoRAConv2d, LoRALinear, add_lora, lora_state_dict, mean_log_prob,
+                  mean_logits, mean_prob_loss, merge_lora)
 
 TEXT = dict(vocab_size=60, width=32, depth=2, heads=4, mlp_width=64, max_length=16)
 LAYERS = {     # name -> (layer, shape of its input)
@@ -19,15 +19,18 @@ LAYERS = {     # name -> (layer, shape of its input)
     "linear without bias": (lambda: nn.Linear(12, 20, bias=False), (6, 12)),
     "conv": (lambda: nn.Conv2d(3, 8, 3, stride=2, padding=1), (4, 3, 9, 9)),
     "conv 1x1": (lambda: nn.Conv2d(6, 10, 1, bias=False), (4, 6, 5, 5)),
-    "conv, uneven": (lambda: nn.Conv2d(3, 8, (3, 2), stride=(1, 2), padding=(2, 0), dilation=(2, 1)), (4, 3, 9, 9)),
+    "conv, uneven": (lambda: nn.Conv2d(3, 8, (3, 2), stride=(1, 2), padding=(2, 0),
+                                       dilation=(2, 1)), (4, 3, 9, 9)),
 }
 ENCODERS = {   # name -> (encoder, with whatever randomness it has in training turned up; its input)
     "vit": (lambda: ViT(32, 8, 32, 2, 4), lambda: torch.randn(6, 2, 3, 32, 32)),
-    "audio_vit": (lambda: AudioViT(32, 2, 4, mel=(32, 64), drop_path=0.5), lambda: torch.randn(6, 1, 1, 32, 64)),
+    "audio_vit": (lambda: AudioViT(32, 2, 4, mel=(32, 64), drop_path=0.5),
+                  lambda: torch.randn(6, 1, 1, 32, 64)),
     "bert": (lambda: BERT(**TEXT, dropout=0.3), lambda: torch.randint(1, 60, (6, 9))),
     "deberta": (lambda: DeBERTa(**TEXT, dropout=0.3), lambda: torch.randint(1, 60, (6, 9))),
     "resnet": (lambda: ResNet((1, 1, 1, 1), False, width=8), lambda: torch.randn(6, 1, 3, 64, 64)),
-    "resnet, bottleneck": (lambda: ResNet((1, 1, 1, 1), True, width=4), lambda: torch.randn(6, 1, 3, 64, 64)),
+    "resnet, bottleneck": (lambda: ResNet((1, 1, 1, 1), True, width=4),
+                           lambda: torch.randn(6, 1, 3, 64, 64)),
 }
 every_layer = pytest.mark.parametrize("kind", LAYERS)
 every_encoder = pytest.mark.parametrize("kind", ENCODERS)
@@ -103,7 +106,8 @@ def test_frozen_means_bit_identical_buffers_included(kind):
         plain = model_of(kind)[0].train()
         state = copy.deepcopy(plain.state_dict())
         plain(x)     # what would have happened to the buffers
-        assert not torch.equal(plain.state_dict()["encoder.bn1.running_mean"], state["encoder.bn1.running_mean"])
+        assert not torch.equal(plain.state_dict()["encoder.bn1.running_mean"],
+                               state["encoder.bn1.running_mean"])
 
 
 @every_encoder
@@ -114,7 +118,8 @@ def test_a_frozen_encoder_draws_nothing_at_random(kind):
     torch.manual_seed(1)
     # The plain ones do draw, or use the statistics of the batch.
     assert torch.equal(plain.train()(x), plain.eval()(x)) == (kind == "vit")
-    head_only = model_of(kind, lora=False)[1].requires_grad_(False)     # a modality without LoRA is frozen, too
+    # A modality without LoRA is frozen, too.
+    head_only = model_of(kind, lora=False)[1].requires_grad_(False)
     assert torch.equal(head_only.train()(x), head_only.eval()(x))
 
 
@@ -130,7 +135,8 @@ def test_update_is_scale_BA_of_rank_r(kind, scale):
     shake(lora)
     W, A, B = plain.weight.double(), lora.lora_A.double(), lora.lora_B.double()
     BA = torch.zeros_like(W.flatten(1))
-    for out, r in itertools.product(range(B.shape[0]), range(2)):     # naive: (BA)[out] = sum_r B[out, r] A[r]
+    # Naive: (BA)[out] = sum_r B[out, r] A[r].
+    for out, r in itertools.product(range(B.shape[0]), range(2)):
         BA[out] += B.flatten(1)[out, r] * A[r].flatten()
     weight = W + scale * BA.view_as(W)
     bias = plain.bias if plain.bias is None else plain.bias.double()
@@ -139,13 +145,15 @@ def test_update_is_scale_BA_of_rank_r(kind, scale):
     torch.testing.assert_close(lora(x).double(), wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lora.delta().double(), scale * BA.view_as(W), rtol=1e-5, atol=1e-6)
     assert torch.linalg.matrix_rank(lora.delta().double().flatten(1), rtol=1e-5) == 2
-    assert lora.lora_A.numel() + lora.lora_B.numel() == 2 * sum(W.flatten(1).shape)     # r (out + in kh kw)
+    # r (out + in kh kw)
+    assert lora.lora_A.numel() + lora.lora_B.numel() == 2 * sum(W.flatten(1).shape)
     torch.testing.assert_close(merge_lora(lora)(x).double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_start_of_A_and_B():
     torch.manual_seed(0)
-    for layer, fan_in in [(LoRALinear(nn.Linear(400, 30), 64), 400), (LoRAConv2d(nn.Conv2d(50, 30, (2, 4)), 64), 400)]:
+    for layer, fan_in in [(LoRALinear(nn.Linear(400, 30), 64), 400),
+                          (LoRAConv2d(nn.Conv2d(50, 30, (2, 4)), 64), 400)]:
         # 25,600 draws from N(0, 1): the error of the mean is 0.006, of the variance 0.009.
         # The fourth moment tells a Gaussian from a uniform distribution.
         A = layer.lora_A.detach() * math.sqrt(fan_in)
@@ -155,8 +163,10 @@ def test_start_of_A_and_B():
     one = LoRALinear(nn.Linear(5, 5), 2).lora_A
     torch.random.set_rng_state(state)
     assert torch.equal(LoRALinear(nn.Linear(5, 5), 2).lora_A, one)     # the seed decides
-    for dtype, own in [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)]:
-        assert LoRALinear(nn.Linear(5, 5, dtype=dtype), 1).lora_A.dtype == own     # bf16 could not hold the small steps
+    for dtype, own in [(torch.bfloat16, torch.float32), (torch.float32, torch.float32),
+                       (torch.float64, torch.float64)]:
+        # bf16 could not hold the small steps.
+        assert LoRALinear(nn.Linear(5, 5, dtype=dtype), 1).lora_A.dtype == own
 
 
 # ---- add_lora, merge_lora ----
@@ -170,7 +180,8 @@ def test_rank_one_is_small(name, parameters, layers):
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters
     assert sum(t.numel() for t in lora_state_dict(model).values()) == parameters
     assert len(names) == layers and len(lora_state_dict(model)) == 2 * layers
-    assert names == [f"encoder.blocks.{i}.attention.{x}" for i in range(layers // 3) for x in ("query", "key", "value")]
+    assert names == [f"encoder.blocks.{i}.attention.{x}" for i in range(layers // 3)
+                     for x in ("query", "key", "value")]
 
 
 def test_every_convolution_of_a_resnet_gets_lora():
@@ -264,12 +275,14 @@ def test_small_updates_survive_bf16(kind):
     true = layer.update(x).double()
     share = lambda y: float(((y.double() - frozen.double()) * true).sum() / true.square().sum())
     assert 0.9 <= share(ours) <= 1.1
-    assert share(additive) < 0.5     # what most LoRA code does: the update drowns in the rounding of base(x)
+    # What most LoRA code does: the update drowns in the rounding of base(x).
+    assert share(additive) < 0.5
 
 
 def test_autocast_does_not_round_the_update():
     torch.manual_seed(0)
-    layer, x, g = shake(LoRALinear(nn.Linear(64, 48), 3)), torch.randn(100, 64), torch.randn(100, 48)
+    layer, x, g = (shake(LoRALinear(nn.Linear(64, 48), 3)), torch.randn(100, 64),
+                   torch.randn(100, 48))
     wanted = torch.autograd.grad((layer(x) * g).sum(), (layer.lora_A, layer.lora_B))
     delta = layer.delta()
     with torch.autocast("cpu", torch.bfloat16):
@@ -297,7 +310,8 @@ def logits_of(M, B=7, C=5, scale=3.0, dtype=torch.float32):
 
 
 def naive(logits, target):
-    """Eq. 3 as it reads, in float64: sample by sample, class by class, no logarithm before the end."""
+    """Eq. 3 as it reads, in float64: sample by sample, class by class,
+    no logarithm before the end."""
     z = [[[float(v) for v in row] for row in m] for m in logits.values()]
     B, C, M = len(z[0]), len(z[0][0]), len(z)
     p = [[0.0] * C for _ in range(B)]
@@ -309,7 +323,8 @@ def naive(logits, target):
         p[b][c] += P / M
     if target.ndim == 1:
         return p, -sum(math.log(p[b][y]) for b, y in enumerate(target.tolist())) / B
-    return p, -sum(math.log(p[b][c] if target[b, c] else 1 - p[b][c]) for b in range(B) for c in range(C)) / (B * C)
+    return p, -sum(math.log(p[b][c] if target[b, c] else 1 - p[b][c])
+                   for b in range(B) for c in range(C)) / (B * C)
 
 
 @pytest.mark.parametrize("M", [1, 2, 3])
@@ -322,14 +337,16 @@ def test_loss_against_a_naive_loop(M, dtype):
     torch.testing.assert_close(ours, torch.tensor(p, dtype=torch.float64), rtol=1e-5, atol=1e-7)
     assert float(mean_prob_loss(logits, y)) == pytest.approx(loss, rel=1e-5)
     for target in (multi, multi.long(), multi.bool(), multi.float()):
-        assert float(mean_prob_loss(logits, target)) == pytest.approx(naive(logits, multi)[1], rel=1e-5)
+        assert float(mean_prob_loss(logits, target)) == pytest.approx(naive(logits, multi)[1],
+                                                                      rel=1e-5)
 
 
 def test_one_modality_is_the_usual_loss():
     logits, y, multi = logits_of(1)
     z = logits["modality0"]
     torch.testing.assert_close(mean_prob_loss(logits, y), F.cross_entropy(z, y))     # Eq. 1
-    torch.testing.assert_close(mean_prob_loss(logits, multi), F.binary_cross_entropy_with_logits(z, multi.float()))
+    torch.testing.assert_close(mean_prob_loss(logits, multi),
+                               F.binary_cross_entropy_with_logits(z, multi.float()))
 
 
 @pytest.mark.parametrize("M", [1, 2, 3])
@@ -339,7 +356,8 @@ def test_loss_of_extreme_logits_is_finite(M):
     for target in (torch.randint(4, (50,)), torch.randint(2, (50, 4))):
         loss = mean_prob_loss(logits, target)
         gradients = torch.autograd.grad(loss, list(logits.values()))
-        assert loss.isfinite() and all(g.isfinite().all() for g in gradients) and any(g.any() for g in gradients)
+        assert (loss.isfinite() and all(g.isfinite().all() for g in gradients)
+                and any(g.any() for g in gradients))
     sure = {"right": torch.tensor([[1000.0, -1000.0]]), "wrong": torch.tensor([[-1000.0, 1000.0]])}
     # One modality that is sure and wrong costs log 2 at most, if another is sure and right.
     assert float(mean_prob_loss(sure, torch.tensor([0]))) == pytest.approx(math.log(2))
@@ -350,7 +368,8 @@ def test_loss_of_extreme_logits_is_finite(M):
 
 
 def test_gradient_of_a_modality_carries_its_share_of_the_probability():
-    """d loss / d z_m = P_m(y) / sum_k P_k(y) (softmax(z_m) - onehot(y)): the cross-entropy's, weighted."""
+    """d loss / d z_m = P_m(y) / sum_k P_k(y) (softmax(z_m) - onehot(y)):
+    the cross-entropy's, weighted."""
     logits, y, _ = logits_of(3, dtype=torch.float64)
     z = [v.requires_grad_() for v in logits.values()]
     P = torch.stack([v.softmax(-1) for v in z])     # (M, B, C)
@@ -365,7 +384,8 @@ def test_order_of_modalities_does_not_matter():
         again = {m: logits[m] for m in order}
         torch.testing.assert_close(mean_log_prob(again), mean_log_prob(logits))
         for target in (y, multi):
-            torch.testing.assert_close(mean_prob_loss(again, target), mean_prob_loss(logits, target))
+            torch.testing.assert_close(mean_prob_loss(again, target),
+                                       mean_prob_loss(logits, target))
 
 
 def test_mean_logits_is_the_other_average():
@@ -373,6 +393,7 @@ def test_mean_logits_is_the_other_average():
     ours, mean = mean_logits(logits), sum(z.double() for z in logits.values()) / 3
     for found, wanted in [(mean_log_prob(ours), mean.log_softmax(-1)),
                           (mean_prob_loss(ours, y), F.cross_entropy(mean, y)),
-                          (mean_prob_loss(ours, multi), F.binary_cross_entropy_with_logits(mean, multi.double()))]:
+                          (mean_prob_loss(ours, multi),
+                           F.binary_cross_entropy_with_logits(mean, multi.double()))]:
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(mean_log_prob(mean_logits(logits)), mean_log_prob(logits), atol=0.1)

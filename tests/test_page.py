@@ -1,5 +1,5 @@
-"""`evaluate.py --page`: what the page says, that it needs nothing but itself, and, where a browser is
-installed, its filter and its player."""
+"""`evaluate.py --page`: what the page says, that it needs nothing but itself,
+and, where a browser is installed, its filter and its player."""
 import base64
 import html
 import io
@@ -27,7 +27,8 @@ BPE = ROOT / "tests/fixtures/encoders/tokenizer_bpe/bpe_encoder.bin"
 
 
 class Reader(HTMLParser):
-    """Raises AssertionError for a tag that is closed in the wrong place; `tags`: (name, attributes)."""
+    """Raises AssertionError for a tag that is closed in the wrong place;
+    `tags`: (name, attributes)."""
 
     def __init__(self, text):
         super().__init__()
@@ -88,7 +89,8 @@ def test_it_stands_alone(made):
 def test_the_result_is_the_closing_table(made, base):
     text = made[1]
     rows = re.findall(r"<tr><th>(.*?)</th>(.*?)</tr>", text.split("<h2 id=confusions")[0])
-    shown = {html.unescape(name): re.findall(r"<td>(.*?)</td>", cells) for name, cells in rows if name}
+    shown = {html.unescape(name): re.findall(r"<td>(.*?)</td>", cells)
+             for name, cells in rows if name}
     printed = table(base.printed)
     assert len(printed) == 6 and shown.keys() == printed.keys()
     for name, cells in printed.items():
@@ -112,19 +114,22 @@ def test_rows_are_true_classes():
     svg = page.matrix(torch.tensor([[0, 3], [0, 1]]))
     x, y, count = re.search(r"class='number over' x=(\S+) y=(\S+)>(\d)<", svg).groups()
     assert count == "3" and float(x) > 150 > float(y)     # right above: 0 is taken for 1
-    assert page.most_confused(torch.tensor([[0, 3], [0, 1]]), ["<a>", "b"]) == "3 × &lt;a&gt; taken for b"
+    assert (page.most_confused(torch.tensor([[0, 3], [0, 1]]), ["<a>", "b"])
+            == "3 × &lt;a&gt; taken for b")
 
 
 def test_the_bars_are_the_probabilities(made, base, root):
     """Of each model, before and after; the true class is marked and what is chosen is bold."""
     where = root / "toy-s0/test"
     ids, y = (where / "ids.txt").read_text().split(), np.load(where / "labels.npy")
-    step_1 = {m: tensors(base.out, f"toy/unimodal-{m}-s0", "logits")[f"test.{m}"] for m in ("audio", "visual")}
+    step_1 = {m: tensors(base.out, f"toy/unimodal-{m}-s0", "logits")[f"test.{m}"]
+              for m in ("audio", "visual")}
     own = tensors(base.out, MMLORA, "logits")
     before = {m: z.softmax(1) for m, z in step_1.items()}
     after = {m: own[f"test.{m}"].softmax(1) for m in step_1}
     columns = [(before["audio"], after["audio"]), (before["visual"], after["visual"]),
-               ((before["audio"] + before["visual"]) / 2, None), ((after["audio"] + after["visual"]) / 2, None)]
+               ((before["audio"] + before["visual"]) / 2, None),
+               ((after["audio"] + after["visual"]) / 2, None)]
     for id, card in list(samples(made[1]).items())[::9]:
         i = ids.index(id)
         rows = re.findall(r"<tr( class=true)?><th>[^<]+</th>(.*?)</tr>", card)
@@ -148,7 +153,8 @@ def test_a_sound_is_the_one_whose_spectrogram_is_stored(made, root):
             assert (f.getnchannels(), f.getframerate()) == (1, 16000)
             sound = np.frombuffer(f.readframes(f.getnframes()), "<i2").astype(np.float32) / 32767
         mel = data.log_mel(torch.from_numpy(sound), bins=32, frames=64).numpy()
-        of = {other: np.abs(mel - audio[i, 0].astype(np.float32)).mean() for i, other in enumerate(ids)}
+        of = {other: np.abs(mel - audio[i, 0].astype(np.float32)).mean()
+              for i, other in enumerate(ids)}
         assert min(of, key=of.get) == id and of[id] < 0.01
 
 
@@ -170,7 +176,8 @@ def test_a_sound_that_is_not_stored_is_not_played(base, root, monkeypatch):
 
 def test_the_menus_count_all_samples(made, base, root):
     text = made[1]
-    kinds = json.loads(re.search(r"<script type='application/json' id=kinds>(.*?)</script>", text)[1])
+    kinds = json.loads(re.search(r"<script type='application/json' id=kinds>(.*?)</script>",
+                                 text)[1])
     assert sum(kind["count"] for kind in kinds) == 120
     right = sum(kind["count"] for kind in kinds if kind["values"][4] == ["right"])
     assert right == round(120 * base.result["ume"]["test"]["prob"]["accuracy"])
@@ -195,7 +202,8 @@ def test_other_data_are_refused(base, root, tmp_path):
     labels = np.load(tmp_path / "toy-s0/test/labels.npy")
     np.save(tmp_path / "toy-s0/test/labels.npy", labels[::-1])
     told = error("evaluate.py", "--run", base.run, "--page", root=tmp_path)
-    assert "is not what" in told and "other samples" in told and not (base.run / "page.html").exists()
+    assert ("is not what" in told and "other samples" in told
+            and not (base.run / "page.html").exists())
 
 
 @pytest.mark.parametrize("words", [["--page"], ["--run", "RUN", "--page", "--fusion", "prob"],
@@ -223,7 +231,8 @@ def fabricate(folder, kinds, multilabel=False, classes=4, step_1=True, fusion="p
                 shapes={m: list(KINDS[kind]) for m, kind in kinds.items()}, tokenizer=None)
     if "text" in kinds.values():
         known = WordPiece(WORDPIECE)
-        info["tokenizer"] = dict(kind=known.kind, vocab_size=known.vocab_size, fingerprint=known.fingerprint)
+        info["tokenizer"] = dict(kind=known.kind, vocab_size=known.vocab_size,
+                                 fingerprint=known.fingerprint)
     y = (rng.random((n, classes)) < 0.4).astype(np.uint8) if multilabel else np.arange(n) % classes
     for split in ("train", "val", "test"):
         (where / split).mkdir(parents=True)
@@ -251,7 +260,8 @@ def fabricate(folder, kinds, multilabel=False, classes=4, step_1=True, fusion="p
         result = dict(best_epoch=1, trained_parameters=9, seconds=1, val=scores, test=scores)
         if "unimodal" in settings and settings["fusion"] != "joint":
             result["ume"] = dict(val=scores, test=scores)
-        save_file({f"{s}.{m}": z[m].clone() for s in ("val", "test") for m in z}, run / "logits.safetensors")
+        save_file({f"{s}.{m}": z[m].clone() for s in ("val", "test") for m in z},
+                  run / "logits.safetensors")
         files.write_json(run / "config.json", dict(settings=settings))
         files.write_json(run / "result.json", result)
         for epoch in range(3):
@@ -259,8 +269,10 @@ def fabricate(folder, kinds, multilabel=False, classes=4, step_1=True, fusion="p
         return run
 
     for m in kinds:
-        write_run(f"unimodal-{m}-s0", {**common, "method": "unimodal", "modality": m, "encoder": "vit"}, [m])
-    settings = {**common, "method": "concat", "encoders": dict.fromkeys(kinds, "vit"), "fusion": fusion}
+        write_run(f"unimodal-{m}-s0",
+                  {**common, "method": "unimodal", "modality": m, "encoder": "vit"}, [m])
+    settings = {**common, "method": "concat", "encoders": dict.fromkeys(kinds, "vit"),
+                "fusion": fusion}
     if step_1:
         settings["unimodal"] = {m: dict(run=f"unimodal-{m}-s0", sha256="") for m in kinds}
     return write_run("concat-s0", settings, ["joint"] if fusion == "joint" else list(kinds))
@@ -270,7 +282,8 @@ def fabricate(folder, kinds, multilabel=False, classes=4, step_1=True, fusion="p
 def test_every_kind_of_data(multilabel, tmp_path):
     kinds = {kind: kind for kind in KINDS}
     run = fabricate(tmp_path, kinds, multilabel)
-    told = call("evaluate.py", "--run", run, "--page", "--tokenizer", WORDPIECE, root=tmp_path / "data")
+    told = call("evaluate.py", "--run", run, "--page", "--tokenizer", WORDPIECE,
+                root=tmp_path / "data")
     text = (run / "page.html").read_text()
     read = check_alone(text)
     assert told.count("\n") == 2 and "no fingerprint" in told      # this run was made by nobody
@@ -286,7 +299,8 @@ def test_every_kind_of_data(multilabel, tmp_path):
 @pytest.mark.parametrize("step_1, names", [(False, []), (True, ["a", "b", "UME"])])
 def test_a_method_with_a_head_of_its_own(step_1, names, tmp_path):
     """With many classes a sample shows the first three of each model, and its own."""
-    run = fabricate(tmp_path, {"a": "audio", "b": "image"}, classes=101, step_1=step_1, fusion="joint")
+    run = fabricate(tmp_path, {"a": "audio", "b": "image"}, classes=101, step_1=step_1,
+                    fusion="joint")
     call("evaluate.py", "--run", run, "--page", root=tmp_path / "data")
     text = (run / "page.html").read_text()
     read = check_alone(text)
@@ -329,9 +343,11 @@ def test_token_ids_back_to_text(tokenizer, text):
 
 
 def test_flow_as_colour():
-    """Opposite directions have opposite colours; what does not move is black, and speed is light."""
+    """Opposite directions have opposite colours; what does not move is black,
+    and speed is light."""
     x = torch.full((1, 2, 1, 4), 128, dtype=torch.uint8)
-    x[0, 0, 0] = torch.tensor([128, 28, 228, 178])        # no motion, left, right, right at half speed
+    # No motion, left, right, right at half speed.
+    x[0, 0, 0] = torch.tensor([128, 28, 228, 178])
     still, left, right, slow = page.flow_colours(x)[0, :, 0].T
     assert still.tolist() == [0, 0, 0]
     assert torch.allclose(left + right, torch.full((3,), 255.0), atol=1)
@@ -365,7 +381,8 @@ def test_filter_and_player_in_a_browser(made, tmp_path):
     if browser is None:
         pytest.skip("no Chromium or Chrome here: apt-get install chromium")
     (tmp_path / "page.html").write_text(made[1].replace("</body>", SCRIPT + "</body>"))
-    words = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/u",
+    words = [browser, "--headless", "--no-sandbox", "--disable-gpu",
+             f"--user-data-dir={tmp_path}/u",
              "--window-size=400,900", "--virtual-time-budget=5000", "--dump-dom",
              f"file://{tmp_path}/page.html#audio=wrong&nobody=right"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
@@ -378,13 +395,15 @@ def test_filter_and_player_in_a_browser(made, tmp_path):
     def fitting(**wanted):                                # menus: group, class, audio, visual, UME
         place = {"audio": 2, "UME": 4}
         fit = [all(kind["values"][place[m]] == [v] for m, v in wanted.items()) for kind in kinds]
-        return [i for i in on_page if fit[i]], sum(kind["count"] for kind, f in zip(kinds, fit) if f)
+        return ([i for i in on_page if fit[i]],
+                sum(kind["count"] for kind, f in zip(kinds, fit) if f))
 
     assert told["fragment"] == ["wrong", fitting(audio="wrong")[0]]
     address, shown, sentence = told["both"]
     cards, count = fitting(audio="wrong", UME="right")
     assert address == "#audio=wrong&UME=right" and shown == cards and 0 < len(cards) < page.SAMPLES
-    assert sentence.startswith(f"{count} of 120 test samples") and f"{len(cards)} of them" in sentence
+    assert (sentence.startswith(f"{count} of 120 test samples")
+            and f"{len(cards)} of them" in sentence)
     assert told["all"] == page.SAMPLES and told["wide"] <= 0
     assert told["seconds"] == pytest.approx(10240 / 16000, abs=0.01)
 
@@ -412,7 +431,8 @@ def test_several_seeds_are_one_picture_with_bands(tmp_path, monkeypatch):
     monkeypatch.setattr(pyplot, "close", look)
     report.plot(folders)
     assert folders[0].with_name("concat-curves.png").read_bytes().startswith(b"\x89PNG")
-    assert [list(x) for x, _, _ in bands] == [[1, 2]] + [[0, 1, 2]] * 4       # loss; a, b, prob, logits
+    # The loss; a, b, prob, logits.
+    assert [list(x) for x, _, _ in bands] == [[1, 2]] + [[0, 1, 2]] * 4
     for dashed in lines:
         assert [list(x) for x in dashed if len(x)] == [[1, 1]] * 3
 
@@ -423,4 +443,5 @@ def test_mean_and_band():
     report.draw_curve(axes, [[(0, 1.0), (1, 5.0)], [(0, 3.0), (1, 5.0), (2, 9.0)]], "loss")
     assert list(axes.lines[0].get_ydata()) == [2, 5]
     corners = axes.collections[0].get_paths()[0].vertices
-    assert corners[:, 1].min() == pytest.approx(2 - 2 ** 0.5) and corners[:, 1].max() == pytest.approx(5)
+    assert (corners[:, 1].min() == pytest.approx(2 - 2 ** 0.5)
+            and corners[:, 1].max() == pytest.approx(5))

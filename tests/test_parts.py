@@ -1,4 +1,5 @@
-"""What the scripts are made of: optimisers, schedules, metrics, the checks before a model is built."""
+"""What the scripts are made of: optimisers, schedules, metrics,
+the checks before a model is built."""
 import json
 import math
 import random
@@ -76,7 +77,8 @@ def test_set_lr():
                                    ("adamw", "constant", 1)]:
         optimizer = make_optimizer(name, model, 0.1, 0.01, 200)
         set_lr(optimizer, dict(schedule=schedule, lr=0.3), 105, 200, [0.5, 0.4, 0.4])
-        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.3 * factor] * 2)
+        assert ([group["lr"] for group in optimizer.param_groups]
+                == pytest.approx([0.3 * factor] * 2))
 
 
 def test_what_decays():
@@ -97,7 +99,8 @@ def test_what_decays():
     decayed, spared = make_optimizer("adamw", model, 0.1, 0.3, 10).param_groups
     # A and B only, and no decay on them.
     assert not decayed["params"] and len(spared["params"]) == 2 * len(names)
-    kinds = [type(make_optimizer(name, model, 0.1, 0.3, 10)) for name in ("adamw", "bertadam", "sgd")]
+    kinds = [type(make_optimizer(name, model, 0.1, 0.3, 10))
+             for name in ("adamw", "bertadam", "sgd")]
     assert kinds == [torch.optim.AdamW, BertAdam, torch.optim.SGD]
     groups = make_optimizer("bertadam", model, 0.1, 0.3, 70).param_groups
     assert {(group["warmup"], group["t_total"]) for group in groups} == {(0.1, 70)}
@@ -170,11 +173,11 @@ def test_a_text_encoder_is_not_fed_anothers_ids():
     info = dict(name="menus", classes=["a", "b"], modalities={"text": "text"}, shapes={"text": [8]},
                 tokenizer=dict(kind="wordpiece", vocab_size=31, fingerprint="x"))
     assert new_model("bert_small", info, "text").encoder.words.num_embeddings == 31
-    with pytest.raises(ValueError, match="deberta_small needs byte_bpe token ids, but menus was prepared"
-                                         " with a wordpiece tokenizer"):
+    with pytest.raises(ValueError, match="deberta_small needs byte_bpe token ids, but menus was"
+                                         " prepared with a wordpiece tokenizer"):
         new_model("deberta_small", info, "text")
-    with pytest.raises(ValueError, match="bert_base knows 30522 tokens, but menus was prepared with a"
-                                         " vocabulary of 31"):
+    with pytest.raises(ValueError, match="bert_base knows 30522 tokens, but menus was prepared"
+                                         " with a vocabulary of 31"):
         new_model("bert_base", info, "text")
     info["other_tokenizers"] = [dict(kind="byte_bpe", vocab_size=47, fingerprint="y")]
     assert new_model("deberta_small", info, "text").encoder.words.num_embeddings == 47

@@ -23,26 +23,31 @@ from safetensors.torch import load_file
 import data
 from harness import arguments
 from pretrained.tokenizer import load_tokenizer
-from prepare import ave, crema_d, custom, food101, kinetics_sound, media, mm_imdb, toy, ucf101, write
+from prepare import (ave, crema_d, custom, food101, kinetics_sound, media, mm_imdb, toy, ucf101,
+                     write)
 from running import call
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared/data"
 FIXTURES = Path(__file__).parent / "fixtures/encoders/audio"
-needs_ffmpeg = pytest.mark.skipif(not shutil.which("ffmpeg"), reason="the ffmpeg program is not installed")
-needs_real = pytest.mark.skipif(not (REAL / "grid_av").is_dir(), reason="../shared/data/grid_av is not there")
+needs_ffmpeg = pytest.mark.skipif(not shutil.which("ffmpeg"),
+                                  reason="the ffmpeg program is not installed")
+needs_real = pytest.mark.skipif(not (REAL / "grid_av").is_dir(),
+                                reason="../shared/data/grid_av is not there")
 
 
 def train_on(root, name, monkeypatch, *options):
-    """What a user does next: both modalities for one epoch, MMLoRA for one, and the scores read back.
+    """What a user does next: both modalities for one epoch, MMLoRA for one,
+    and the scores read back.
 
     Small encoders, random weights.
     """
     modalities = json.loads((root / name / "dataset.json").read_text())["modalities"]
     encoders = ["resnet_small", "text=bert_small"] if "text" in modalities else ["resnet_small"]
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    printed = call("train_joint.py", "--dataset", name, "--device", "cpu", "--epochs", "1", "--umft-epochs", "1",
-                   "--encoder", *encoders, "--pretrained", "none", *options, out=root / "runs", root=root)
+    printed = call("train_joint.py", "--dataset", name, "--device", "cpu", "--epochs", "1",
+                   "--umft-epochs", "1", "--encoder", *encoders, "--pretrained", "none", *options,
+                   out=root / "runs", root=root)
     assert "UME, probabilities averaged" in printed
     run, = (root / "runs" / name).glob("mmlora-*")
     result = json.loads((run / "result.json").read_text())
@@ -54,14 +59,17 @@ def train_on(root, name, monkeypatch, *options):
 
 # ---- generated media ----
 def make_wav(path, x, rate=16000, width=2):
-    """x: float (n,) or (n, channels) in [-1, 1) -> integer PCM of `width` bytes, written sample by sample."""
+    """x: float (n,) or (n, channels) in [-1, 1) -> integer PCM of `width` bytes,
+    written sample by sample."""
     path.parent.mkdir(parents=True, exist_ok=True)
     x = np.asarray(x, np.float64)
     x = x[:, None] if x.ndim == 1 else x
     with wave.open(str(path), "wb") as f:
         f.setnchannels(x.shape[1]), f.setsampwidth(width), f.setframerate(rate)
-        integers = np.floor(x.ravel() * 2 ** (8 * width - 1)).astype(int) + (128 if width == 1 else 0)
-        f.writeframes(b"".join(int(i).to_bytes(width, "little", signed=width > 1) for i in integers))
+        integers = (np.floor(x.ravel() * 2 ** (8 * width - 1)).astype(int)
+                    + (128 if width == 1 else 0))
+        f.writeframes(b"".join(int(i).to_bytes(width, "little", signed=width > 1)
+                               for i in integers))
     return path
 
 
@@ -74,10 +82,12 @@ def make_png(path, pixels):
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.asarray(pixels, np.uint8)
     h, w, channels = *pixels.shape[:2], pixels.shape[2] if pixels.ndim == 3 else 1
-    part = lambda tag, body: struct.pack(">I", len(body)) + tag + body + struct.pack(">I", zlib.crc32(tag + body))
+    part = lambda tag, body: (struct.pack(">I", len(body)) + tag + body
+                              + struct.pack(">I", zlib.crc32(tag + body)))
     head = struct.pack(">IIBBBBB", w, h, 8, {1: 0, 3: 2, 4: 6}[channels], 0, 0, 0)
     rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in pixels.reshape(h, -1)))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + part(b"IHDR", head) + part(b"IDAT", rows) + part(b"IEND", b""))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + part(b"IHDR", head) + part(b"IDAT", rows)
+                     + part(b"IEND", b""))
     return path
 
 
@@ -86,7 +96,8 @@ def flat(value, h=20, w=30):
 
 
 def small_index(folder, n=12, test=4, **changes):
-    """An index of n + test samples of two classes, a picture (brightness 10 i) and a sound each; returns its path."""
+    """An index of n + test samples of two classes, a picture (brightness 10 i) and a sound each;
+    returns its path."""
     rows = []
     for i in range(n + test):
         make_png(folder / f"p/{i}.png", flat(10 * i))
@@ -98,18 +109,21 @@ def small_index(folder, n=12, test=4, **changes):
 
 
 def write_index(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n"
+                            for row in rows))
     return path
 
 
 def write_vocab(path, words):
     """A vocab.txt as BERT has it: the special tokens are ids 0 to 4, then the words."""
-    path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words.split()]) + "\n")
+    path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words.split()])
+                    + "\n")
     return path
 
 
 def prepare_custom(index, root, *options):
-    custom.main([str(index), "--name", "set", "--data-root", str(root), "--size", "16", "--workers", "2", *options])
+    custom.main([str(index), "--name", "set", "--data-root", str(root), "--size", "16",
+                 "--workers", "2", *options])
     return json.loads((root / "set/dataset.json").read_text())
 
 
@@ -137,14 +151,17 @@ def test_other_rates_are_resampled(tmp_path):
 @needs_ffmpeg
 def test_float_wav_goes_through_ffmpeg_and_is_channel_0(tmp_path):
     x = np.stack([tone(0.2), np.zeros(3200)], 1).astype("<f4")
-    head = b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 3, 2, 16000, 128000, 8, 32) + b"data" + struct.pack("<I", x.nbytes)
-    (tmp_path / "x.wav").write_bytes(b"RIFF" + struct.pack("<I", len(head) + x.nbytes) + head + x.tobytes())
+    head = (b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 3, 2, 16000, 128000, 8, 32)
+            + b"data" + struct.pack("<I", x.nbytes))
+    (tmp_path / "x.wav").write_bytes(b"RIFF" + struct.pack("<I", len(head) + x.nbytes)
+                                     + head + x.tobytes())
     np.testing.assert_allclose(media.read_wave(tmp_path / "x.wav"), x[:, 0], atol=1e-4)
 
 
 def test_what_is_no_sound_is_one_line_that_names_the_file(tmp_path):
     (tmp_path / "text.wav").write_text("hello " * 300)
-    for path in (tmp_path / "text.wav", make_wav(tmp_path / "empty.wav", np.zeros(0)), tmp_path / "absent.wav"):
+    for path in (tmp_path / "text.wav", make_wav(tmp_path / "empty.wav", np.zeros(0)),
+                 tmp_path / "absent.wav"):
         with pytest.raises((ValueError, OSError, RuntimeError)) as error:
             media.read_wave(path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
@@ -155,7 +172,8 @@ def test_without_ffmpeg_one_clear_line(tmp_path, monkeypatch):
     (tmp_path / "x.mp4").write_bytes(bytes(2000))
     with pytest.raises(RuntimeError, match="x.mp4 needs the ffmpeg program.*install ffmpeg"):
         media.read_frames(tmp_path / "x.mp4", 3, 16)
-    rows = [{"id": s, "split": s, "label": "a", "visual": "x.mp4"} for s in ("train", "val", "test")]
+    rows = [{"id": s, "split": s, "label": "a", "visual": "x.mp4"}
+            for s in ("train", "val", "test")]
     index = write_index(tmp_path / "i.jsonl", rows)
     # and never counted as an unreadable item
     with pytest.raises(RuntimeError, match="install ffmpeg"):
@@ -167,7 +185,8 @@ def test_without_ffmpeg_one_clear_line(tmp_path, monkeypatch):
 def test_pictures_are_resized_and_cropped_as_torchvision_does(tmp_path, h, w):
     from torchvision.transforms import v2
     pixels = np.random.RandomState(0).randint(0, 256, (h, w, 3))
-    expected = v2.Compose([v2.Resize(16, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(16)])(
+    expected = v2.Compose([v2.Resize(16, v2.InterpolationMode.BICUBIC, antialias=True),
+                           v2.CenterCrop(16)])(
         torch.tensor(pixels, dtype=torch.uint8).permute(2, 0, 1))
     assert torch.equal(media.read_image(make_png(tmp_path / "x.png", pixels), 16), expected)
 
@@ -180,7 +199,8 @@ def test_grey_and_transparent_pictures_become_rgb(tmp_path):
 
 @pytest.mark.parametrize("there, wanted, expected", [
     (12, 3, [2, 6, 10]), (2, 3, [0, 1, 1]), (1, 4, [0, 0, 0, 0]), (9, 9, list(range(9)))])
-def test_frames_of_a_folder_are_in_the_order_of_numbers_and_evenly_spaced(tmp_path, there, wanted, expected):
+def test_frames_of_a_folder_are_in_the_order_of_numbers_and_evenly_spaced(tmp_path, there, wanted,
+                                                                          expected):
     for i in range(there):
         make_png(tmp_path / f"frame_{i}.png", flat(i))     # not zero-padded: frame_10 after frame_9
     (tmp_path / "frame_0.bin").write_bytes(b"no picture")     # published flow has such neighbours
@@ -194,7 +214,8 @@ def test_photos_are_turned_the_way_they_were_taken(tmp_path):
     jpeg = encode_jpeg(pixels, quality=95).numpy().tobytes()
     # orientation 6: turn clockwise to view
     exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
-    (tmp_path / "x.jpg").write_bytes(jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:])
+    (tmp_path / "x.jpg").write_bytes(jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2)
+                                     + exif + jpeg[2:])
     x = media.read_image(tmp_path / "x.jpg", 32).float()
     assert x[:, :, 20:].mean() > 200 and x[:, :, :12].mean() < 50     # bright on the right
 
@@ -203,7 +224,8 @@ def test_photos_are_turned_the_way_they_were_taken(tmp_path):
 def test_an_animated_gif_counts_as_its_first_frame(tmp_path):
     raw = np.repeat(np.uint8([200, 0, 0, 0]), 32 * 32 * 3).tobytes()
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "32x32", "-r", "5", "-i", "-"]
-    subprocess.run(["ffmpeg", "-v", "error", *source, str(tmp_path / "x.gif")], input=raw, check=True)
+    subprocess.run(["ffmpeg", "-v", "error", *source, str(tmp_path / "x.gif")], input=raw,
+                   check=True)
     (tmp_path / "x.gif").rename(tmp_path / "x.jpg")     # a usual thing among pictures from the web
     x = media.read_image(tmp_path / "x.jpg", 16)
     assert x.shape == (3, 16, 16) and x.float().mean() > 190
@@ -218,7 +240,8 @@ def test_frames_of_a_long_video_take_bounded_memory(tmp_path, monkeypatch):
     x = media.read_frames(tmp_path / "x.mp4", frames, size)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 60 * frames * 3 * size * size, "more than some 16 frames per frame wanted were kept"
+    assert peak < 60 * frames * 3 * size * size, (
+        "more than some 16 frames per frame wanted were kept")
     np.testing.assert_allclose(x[:, 0, 0, 0], [256 / 6, 128, 256 * 5 / 6], atol=256 / (16 * frames))
 
 
@@ -227,7 +250,8 @@ def test_frames_of_a_video(tmp_path):
     # 2 s at 25 fps that grow brighter
     raw = np.repeat(np.arange(50, dtype=np.uint8) * 4, 64 * 96 * 3).tobytes()
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "96x64", "-r", "25", "-i", "-"]
-    subprocess.run(["ffmpeg", "-v", "error", *source, "-q:v", "1", str(tmp_path / "x.avi")], input=raw, check=True)
+    subprocess.run(["ffmpeg", "-v", "error", *source, "-q:v", "1", str(tmp_path / "x.avi")],
+                   input=raw, check=True)
     x = media.read_frames(tmp_path / "x.avi", 5, 32).astype(int)
     assert x.shape == (5, 3, 32, 32)
     np.testing.assert_allclose(x.mean((1, 2, 3)), [4 * i for i in (5, 15, 25, 35, 45)], atol=4)
@@ -238,7 +262,8 @@ def test_frames_of_a_video(tmp_path):
 
 @pytest.mark.parametrize("layout", ["u_v", "flow_xy"])
 def test_flow_is_interleaved_and_clamped(tmp_path, layout):
-    x, y = ("u/frame%06d.png", "v/frame%06d.png") if layout == "u_v" else ("flow_x_%05d.png", "flow_y_%05d.png")
+    x, y = (("u/frame%06d.png", "v/frame%06d.png") if layout == "u_v"
+            else ("flow_x_%05d.png", "flow_y_%05d.png"))
     for i in range(1, 9):
         make_png(tmp_path / (x % i), np.full((20, 30), 100 + i))
         make_png(tmp_path / (y % i), np.full((20, 30), 200 + i))
@@ -247,7 +272,8 @@ def test_flow_is_interleaved_and_clamped(tmp_path, layout):
         (tmp_path / (name % 1)).with_suffix(".bin").write_bytes(b"raw flow")
     stacks = media.read_flow(tmp_path, 2, 3, 16)
     assert stacks.shape == (2, 6, 16, 16) and stacks.dtype == np.uint8
-    assert stacks[..., 0, 0].tolist() == [[102, 202, 103, 203, 104, 204], [104, 204, 105, 205, 106, 206]]
+    assert stacks[..., 0, 0].tolist() == [[102, 202, 103, 203, 104, 204],
+                                          [104, 204, 105, 205, 106, 206]]
     long = media.read_flow(tmp_path, 1, 10, 16)
     assert long[0, ::2, 0, 0].tolist() == [101, 102, 103, 104, 105, 106, 107, 107, 107, 107]
 
@@ -274,18 +300,23 @@ def test_custom_writes_what_data_reads(tmp_path):
     assert info["modalities"] == {"visual": "image", "audio": "audio"}
     assert info["counts"] == {"train": 18, "val": 2, "test": 4}
     assert info["tokenizer"] is None and "other_tokenizers" not in info
-    assert info["command"].startswith("python -m prepare.custom ") and "--size 16" in info["command"]
+    assert (info["command"].startswith("python -m prepare.custom ")
+            and "--size 16" in info["command"])
     seen = []
     for name, n in info["counts"].items():
         split = data.Split(tmp_path / "data/set", name)
         ids = (tmp_path / f"data/set/{name}/ids.txt").read_text().split()
         seen += ids
         assert len(split) == n == len(ids) and split.labels.dtype == torch.int64
-        assert split.arrays["visual"].shape == (n, 1, 3, 16, 16) and split.arrays["visual"].dtype == np.uint8
-        assert split.arrays["audio"].shape == (n, 3, 128, 204) and split.arrays["audio"].dtype == np.float16
+        assert (split.arrays["visual"].shape == (n, 1, 3, 16, 16)
+                and split.arrays["visual"].dtype == np.uint8)
+        assert (split.arrays["audio"].shape == (n, 3, 128, 204)
+                and split.arrays["audio"].dtype == np.float16)
         for row, id in enumerate(ids):     # every row belongs to its id
-            assert split.arrays["visual"][row, 0, 0, 0, 0] == 10 * int(id[1:]) and split.labels[row] == int(id[1:]) % 2
-            expected = media.audio_clips(media.read_wave(tmp_path / f"w/{int(id[1:])}.wav")).half().numpy()
+            assert (split.arrays["visual"][row, 0, 0, 0, 0] == 10 * int(id[1:])
+                    and split.labels[row] == int(id[1:]) % 2)
+            expected = media.audio_clips(
+                media.read_wave(tmp_path / f"w/{int(id[1:])}.wav")).half().numpy()
             assert np.array_equal(split.arrays["audio"][row], expected)
     assert sorted(seen) == [f"s{i:02}" for i in range(24)]
 
@@ -303,7 +334,8 @@ def test_custom_multi_label_text_and_frames(tmp_path):
     assert info["multilabel"] and info["classes"] == ["comedy", "drama", "war"]
     assert info["tokenizer"]["vocab_size"] == 9 and info["other_tokenizers"] == []
     load = lambda split, name: np.load(tmp_path / f"data/set/{split}/{name}.npy")
-    assert load("train", "labels").tolist() == [[0, 1, 1], [1, 0, 0]] and load("train", "labels").dtype == np.uint8
+    assert (load("train", "labels").tolist() == [[0, 1, 1], [1, 0, 0]]
+            and load("train", "labels").dtype == np.uint8)
     assert load("test", "labels").tolist() == [[0, 0, 0]]
     assert load("train", "text").tolist() == [[2, 5, 6, 3, 0], [2, 3, 0, 0, 0]]
     assert load("train", "text").dtype == np.int32
@@ -311,7 +343,8 @@ def test_custom_multi_label_text_and_frames(tmp_path):
     assert load("train", "visual").shape == (2, 2, 3, 16, 16)
     assert load("val", "visual")[0, :, 0, 0, 0].tolist() == [0, 100]
     with pytest.raises(ValueError, match="text needs --tokenizer"):
-        custom.main([str(tmp_path / "index.jsonl"), "--name", "other", "--data-root", str(tmp_path / "data")])
+        custom.main([str(tmp_path / "index.jsonl"), "--name", "other",
+                     "--data-root", str(tmp_path / "data")])
 
 
 GOOD = [{"id": "a", "split": "train", "label": "x", "text": "t"},
@@ -324,15 +357,19 @@ GOOD = [{"id": "a", "split": "train", "label": "x", "text": "t"},
     ({"id": "c", "text": "t"}, "line 3: no 'split', 'label': every line needs"),
     ({"id": 7, "split": "train", "label": "x", "text": "t"}, "line 3: id 7 is no text"),
     ({"id": "a", "split": "train", "label": "x", "text": "t"}, "line 3: id 'a' is also on line 1"),
-    ({"id": "c", "split": "dev", "label": "x", "text": "t"}, "line 3: split 'dev': write train, val or test"),
-    ({"id": "c", "split": "train", "label": 3, "text": "t"}, "line 3: label 3: write a class name"),
+    ({"id": "c", "split": "dev", "label": "x", "text": "t"},
+     "line 3: split 'dev': write train, val or test"),
+    ({"id": "c", "split": "train", "label": 3, "text": "t"},
+     "line 3: label 3: write a class name"),
     ({"id": "c", "split": "train", "label": ["x"], "text": "t"},
      "line 1: label 'x' is one name, but line 3 has a list"),
     ({"id": "c", "split": "train", "label": "x"}, "line 3: no modality"),
     ({"id": "c", "split": "train", "label": "x", "text": "t", "audio": "a.wav"},
      "line 1: no audio, which other lines have"),
-    ({"id": "c", "split": "train", "label": "x", "text": "t", "audio": None}, "line 3: audio is None: write a path"),
-    ({"id": "c", "split": "test", "label": "rare", "text": "t"}, "line 3: class 'rare' has no train line"),
+    ({"id": "c", "split": "train", "label": "x", "text": "t", "audio": None},
+     "line 3: audio is None: write a path"),
+    ({"id": "c", "split": "test", "label": "rare", "text": "t"},
+     "line 3: class 'rare' has no train line"),
 ])
 def test_bad_lines_are_reported_with_their_number_and_what_to_do(tmp_path, line, problem):
     with pytest.raises(ValueError, match=problem):
@@ -343,7 +380,8 @@ def test_bad_lines_are_reported_with_their_number_and_what_to_do(tmp_path, line,
 
 def test_all_bad_lines_are_reported_at_once(tmp_path):
     with pytest.raises(ValueError, match="(?s)line 2: .*line 4: .*line 5: "):
-        custom.read_index(write_index(tmp_path / "index.jsonl", [GOOD[0], "oops", GOOD[1], GOOD[0], "{}"]))
+        custom.read_index(write_index(tmp_path / "index.jsonl",
+                                      [GOOD[0], "oops", GOOD[1], GOOD[0], "{}"]))
     with pytest.raises(ValueError, match="no line had split 'test'"):
         custom.read_index(write_index(tmp_path / "index.jsonl", GOOD[:1]))
 
@@ -351,9 +389,11 @@ def test_all_bad_lines_are_reported_at_once(tmp_path):
 # ---- whole or not at all ----
 def test_git_lfs_pointers_are_recognised_before_anything_is_decoded(tmp_path):
     index = small_index(tmp_path)
-    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 72862\n"
+    pointer = ("version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64
+               + "\nsize 72862\n")
     (tmp_path / "w/3.wav").write_text(pointer)
-    problem = r"1 of 10 train items cannot be read.*3\.wav is a Git-LFS pointer.*run `git lfs pull` in"
+    problem = (r"1 of 10 train items cannot be read.*3\.wav is a Git-LFS pointer"
+               r".*run `git lfs pull` in")
     with pytest.raises(ValueError, match=problem):
         prepare_custom(index, tmp_path / "data")
     assert not (tmp_path / "data").exists()
@@ -361,7 +401,8 @@ def test_git_lfs_pointers_are_recognised_before_anything_is_decoded(tmp_path):
 
 def test_a_full_disk_is_noticed_first(tmp_path, monkeypatch):
     index = small_index(tmp_path)
-    monkeypatch.setattr(media.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    monkeypatch.setattr(media.shutil, "disk_usage",
+                        lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
     with pytest.raises(ValueError, match=r"needs 0\.0 GB and the disk has 0\.0 GB free"):
         prepare_custom(index, tmp_path / "data")
     assert not list((tmp_path / "data").rglob("*"))
@@ -373,11 +414,13 @@ def test_unreadable_items_are_counted_and_left_out_up_to_the_share(tmp_path):
     (tmp_path / "p/7.png").write_bytes(b"no picture at all " * 100)     # seen while decoding
     make_wav(tmp_path / "w/9.wav", tone(0.01))     # shorter than one spectrogram frame
     for allowed in ("0.01", "0.1"):
-        with pytest.raises(ValueError, match="train items cannot be read, more than --allow-missing"):
+        with pytest.raises(ValueError,
+                           match="train items cannot be read, more than --allow-missing"):
             prepare_custom(index, tmp_path / "data", "--allow-missing", allowed)
         assert not list((tmp_path / "data").glob("*"))
     info = prepare_custom(index, tmp_path / "data", "--allow-missing", "0.5")
-    assert sum(len(ids) for ids in info["unreadable"].values()) == 3 and sum(info["counts"].values()) == 21
+    assert (sum(len(ids) for ids in info["unreadable"].values()) == 3
+            and sum(info["counts"].values()) == 21)
     for split, n in info["counts"].items():
         ids = (tmp_path / f"data/set/{split}/ids.txt").read_text().split()
         visual = np.load(tmp_path / f"data/set/{split}/visual.npy")
@@ -435,10 +478,12 @@ def test_an_interrupted_run_leaves_nothing_new_and_the_old_whole(tmp_path, monke
 def test_every_file_has_its_hash_in_dataset_json(tmp_path):
     info = prepare_custom(small_index(tmp_path), tmp_path / "data")
     files = [f for f in (tmp_path / "data/set").rglob("*/*") if f.is_file()]
-    found = {str(f.relative_to(tmp_path / "data/set")): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    found = {str(f.relative_to(tmp_path / "data/set")): hashlib.sha256(f.read_bytes()).hexdigest()
+             for f in files}
     assert info["sha256"] == found
     names = ("audio.npy", "ids.txt", "labels.npy", "visual.npy")
-    assert sorted(found) == sorted(f"{split}/{name}" for split in ("train", "val", "test") for name in names)
+    assert sorted(found) == sorted(f"{split}/{name}" for split in ("train", "val", "test")
+                                   for name in names)
 
 
 def test_trouble_in_the_very_last_step_brings_the_old_data_back(tmp_path, monkeypatch):
@@ -452,7 +497,8 @@ def test_trouble_in_the_very_last_step_brings_the_old_data_back(tmp_path, monkey
     monkeypatch.setattr(Path, "rename", fails_once)
     with pytest.raises(OSError, match="no space"):
         prepare_custom(index, root, "--overwrite")
-    assert [f.name for f in root.iterdir()] == ["set"] and len(data.Split(root / "set", "train")) == 10
+    assert ([f.name for f in root.iterdir()] == ["set"]
+            and len(data.Split(root / "set", "train")) == 10)
 
 
 # ---- real clips ----
@@ -462,16 +508,19 @@ def test_custom_on_original_video_files(tmp_path):
     clips = sorted((REAL / "grid_av/VideoMPG").glob("*.mpg"))[:6]
     (tmp_path / "real").symlink_to(REAL)
     paths = [f"real/grid_av/VideoMPG/{c.name}" for c in clips]
-    rows = [{"id": c.stem, "split": ["train", "val", "test"][i % 3], "label": "clip", "visual": path, "audio": path}
+    rows = [{"id": c.stem, "split": ["train", "val", "test"][i % 3], "label": "clip",
+             "visual": path, "audio": path}
             for i, (c, path) in enumerate(zip(clips, paths))]
     index = write_index(tmp_path / "index.jsonl", rows)
     info = prepare_custom(index, tmp_path / "data", "--size", "64", "--frames", "4")
     assert info["shapes"] == {"visual": [4, 3, 64, 64], "audio": [3, 128, 204]}
-    # The word cut out of the sound track by somebody else's ffmpeg is in our decoding of the track,
-    # sample for sample up to rounding.
-    whole, word = media.read_wave(clips[0]), media.read_wave(REAL / f"grid_av/AudioWAV/{clips[0].stem}.wav")
+    # The word cut out of the sound track by somebody else's ffmpeg is in our decoding of the
+    # track, sample for sample up to rounding.
+    whole, word = (media.read_wave(clips[0]),
+                   media.read_wave(REAL / f"grid_av/AudioWAV/{clips[0].stem}.wav"))
     n = len(whole) + len(word)
-    match = torch.fft.irfft(torch.fft.rfft(whole, n) * torch.fft.rfft(word, n).conj(), n)[:len(whole) - len(word) + 1]
+    match = torch.fft.irfft(torch.fft.rfft(whole, n) * torch.fft.rfft(word, n).conj(),
+                            n)[:len(whole) - len(word) + 1]
     at = int(match.argmax())
     assert match[at] / (whole[at:at + len(word)].norm() * word.norm()) > 0.99
 
@@ -484,8 +533,10 @@ def test_custom_on_frames_sound_and_flow(tmp_path):
              "visual": f"real/Frames/{c}", "audio": f"real/AudioWAV/{c}.wav",
              "flow": f"real/Flow/{c}"} for i, c in enumerate(clips)]
     index = write_index(tmp_path / "index.jsonl", rows)
-    info = prepare_custom(index, tmp_path / "data", "--size", "64", "--stacks", "2", "--flow-length", "5")
-    assert info["shapes"] == {"visual": [3, 3, 64, 64], "audio": [3, 128, 204], "flow": [2, 10, 64, 64]}
+    info = prepare_custom(index, tmp_path / "data", "--size", "64", "--stacks", "2",
+                          "--flow-length", "5")
+    assert info["shapes"] == {"visual": [3, 3, 64, 64], "audio": [3, 128, 204],
+                              "flow": [2, 10, 64, 64]}
     flow = np.load(tmp_path / "data/set/train/flow.npy").astype(float)
     assert abs(flow.mean() - 128) < 10 and flow.std() > 2     # small motions around "none"
 
@@ -503,9 +554,11 @@ def crema_folder(tmp_path_factory):
     test_names = (ROOT / "prepare/splits/crema_d_test.txt").read_text().split()
     for i, clip in enumerate(sorted((REAL / "grid_av/VideoMPG").glob("*.mpg"))[:16]):
         name = test_names[i] if i % 4 == 0 else f"{2000 + i}_IEO_{crema_d.CLASSES[i % 6]}_LO"
-        to_flv = ["-t", "0.7", "-c:v", "flv", "-ac", "1", "-ar", "44100", str(folder / f"VideoFlash/{name}.flv")]
+        to_flv = ["-t", "0.7", "-c:v", "flv", "-ac", "1", "-ar", "44100",
+                  str(folder / f"VideoFlash/{name}.flv")]
         to_wav = ["-t", "0.7", "-ac", "1", "-ar", "16000", str(folder / f"AudioWAV/{name}.wav")]
-        subprocess.run(["ffmpeg", "-nostdin", "-v", "error", "-i", str(clip), *to_flv, *to_wav], check=True)
+        subprocess.run(["ffmpeg", "-nostdin", "-v", "error", "-i", str(clip), *to_flv, *to_wav],
+                       check=True)
     return folder
 
 
@@ -526,7 +579,8 @@ def test_crema_d(crema_folder, tmp_path, capsys, monkeypatch):
         assert [info["classes"][k] for k in labels] == [id.split("_")[2] for id in ids]
         assert (set(ids) <= official) == (split == "test")
         audio = np.load(tmp_path / f"crema_d/{split}/audio.npy")
-        expected = media.audio_clips(media.read_wave(crema_folder / f"AudioWAV/{ids[0]}.wav")).half().numpy()
+        expected = media.audio_clips(
+            media.read_wave(crema_folder / f"AudioWAV/{ids[0]}.wav")).half().numpy()
         assert np.array_equal(audio[0], expected)
     result = train_on(tmp_path, "crema_d", monkeypatch, "--lora", "audio")
     # without LoRA it stays as it was
@@ -544,12 +598,14 @@ def test_crema_d_prefers_extracted_frames_and_needs_no_ffmpeg_then(tmp_path, mon
         (tmp_path / f"VideoFlash/{name}.flv").write_bytes(b"never opened" * 100)
     where = ["--source", str(tmp_path), "--data-root", str(tmp_path / "data")]
     crema_d.main([*where, "--size", "8", "--allow-missing", "1"])
-    assert np.load(tmp_path / "data/crema_d/test/visual.npy")[:, :, 0, 0, 0].tolist() == [[0] * 9, [10] * 9]
+    assert (np.load(tmp_path / "data/crema_d/test/visual.npy")[:, :, 0, 0, 0].tolist()
+            == [[0] * 9, [10] * 9])
 
 
 # ---- the other data sets of the paper ----
 def run_script(script, source, root, *options):
-    script.main(["--source", str(source), "--data-root", str(root), "--size", "16", "--allow-missing", "1", *options])
+    script.main(["--source", str(source), "--data-root", str(root), "--size", "16",
+                 "--allow-missing", "1", *options])
     folder = root / script.__name__.split(".")[-1]
     info = json.loads((folder / "dataset.json").read_text())
     labels = {s: np.load(folder / s / "labels.npy").tolist() for s in info["counts"]}
@@ -582,7 +638,8 @@ def test_ave(clips, tmp_path, capsys, monkeypatch):
     info, ids, labels, array = run_script(ave, tmp_path, tmp_path / "whole")
     assert info["classes"] == [bell, male]
     assert ids["train"] == ["-abcdefghij", "-abcdefghij_1", "b"] and labels["train"] == [1, 0, 0]
-    assert info["shapes"] == {"audio": [3, 128, 204], "visual": [9, 3, 16, 16]} and "whole clips" in info["source"]
+    assert (info["shapes"] == {"audio": [3, 128, 204], "visual": [9, 3, 16, 16]}
+            and "whole clips" in info["source"])
     assert "train and val 1, train and test 0" in capsys.readouterr().out
     # the same clip
     assert np.array_equal(array("train", "visual")[0], array("train", "visual")[1])
@@ -592,7 +649,8 @@ def test_ave(clips, tmp_path, capsys, monkeypatch):
     assert not np.array_equal(event("train", "visual")[0], event("train", "visual")[1])
     padding = (0 + 4.268) / 9.138     # a second of sound fills 98 columns of 204
     sound = event("train", "audio")[0]
-    assert np.allclose(sound[:, :, 98:], padding, atol=1e-3) and not np.allclose(sound[:, :, 90], padding, atol=1e-3)
+    assert (np.allclose(sound[:, :, 98:], padding, atol=1e-3)
+            and not np.allclose(sound[:, :, 90], padding, atol=1e-3))
     (tmp_path / "valSet.txt").write_text("Church bell,c,good\n")
     with pytest.raises(ValueError, match="valSet.txt, line 1: expected class&id&quality&start&end"):
         run_script(ave, tmp_path, tmp_path / "other")
@@ -600,7 +658,8 @@ def test_ave(clips, tmp_path, capsys, monkeypatch):
 
 @needs_real
 def test_published_ave_lists_are_read_whole():
-    found = {s: ave.read_list(REAL / f"splits/ave/{s}Set.txt", Path("AVE"), True) for s in ("train", "val", "test")}
+    found = {s: ave.read_list(REAL / f"splits/ave/{s}Set.txt", Path("AVE"), True)
+             for s in ("train", "val", "test")}
     assert {s: len({i.id for i in items}) for s, items in found.items()} == ave.PUBLISHED
     assert len({i.label for items in found.values() for i in items}) == 28
     assert sum(i.span == (0, 10) for items in found.values() for i in items) == 2750
@@ -621,14 +680,16 @@ def test_kinetics_sound_from_folders_and_from_annotations(clips, tmp_path, capsy
     info, ids, labels, array = run_script(kinetics_sound, tmp_path, tmp_path / "folders")
     assert len(info["classes"]) == 32 and info["classes"] == sorted(info["classes"])
     assert info["counts"] == {"train": 2, "val": 1, "test": 1}
-    assert sorted(ids["train"] + ids["val"]) == ["-a_000001_000011", "b_000010_000020", "c_000001_000011"]
+    assert sorted(ids["train"] + ids["val"]) == ["-a_000001_000011", "b_000010_000020",
+                                                 "c_000001_000011"]
     assert ids["test"] == ["e_000002_000012"]
     assert [info["classes"][k] for k in labels["test"]] == ["playing_organ"]
     assert array("test", "visual").shape == (1, 9, 3, 16, 16)
     train_on(tmp_path / "folders", "kinetics_sound", monkeypatch)
     (tmp_path / "annotations").mkdir()
     header = "label,youtube_id,time_start,time_end,split,is_cc\n"
-    rows = "playing organ,-a,1,11,train,0\nplaying organ,b,10,20,train,0\nabseiling,d,1,11,train,0\n"
+    rows = ("playing organ,-a,1,11,train,0\nplaying organ,b,10,20,train,0\n"
+            "abseiling,d,1,11,train,0\n")
     (tmp_path / "annotations/train.csv").write_text(header + rows)
     rows = "playing organ,e,2,12,val,0\nplaying organ,gone,2,12,val,0\n"
     (tmp_path / "annotations/val.csv").write_text(header + rows)
@@ -674,14 +735,16 @@ def test_mm_imdb_on_recipes_in_its_layout(tmp_path, monkeypatch, vocab, capsys):
     recipes = [json.loads(f.read_text()) for f in (REAL / "recipes_ml/dataset").glob("*.json")]
     tags = sorted({genre for recipe in recipes for genre in recipe["genres"]})
     monkeypatch.setattr(mm_imdb, "GENRES", tags[1:])
-    info, ids, labels, array = run_script(mm_imdb, REAL / "recipes_ml", tmp_path / "data", *vocab, "--max-length", "64")
+    info, ids, labels, array = run_script(mm_imdb, REAL / "recipes_ml", tmp_path / "data",
+                                          *vocab, "--max-length", "64")
     lists = json.loads((REAL / "recipes_ml/split.json").read_text())
     assert info["multilabel"] and info["modalities"] == {"visual": "image", "text": "text"}
     assert ids == {"train": lists["train"], "val": lists["dev"], "test": lists["test"]}
     assert f"genres dropped: {tags[0]} (" in capsys.readouterr().out
     for id, row in zip(ids["test"], labels["test"]):
         film = json.loads((REAL / f"recipes_ml/dataset/{id}.json").read_text())
-        assert [tags[1:][k] for k, on in enumerate(row) if on] == sorted(set(film["genres"]) - {tags[0]})
+        assert ([tags[1:][k] for k, on in enumerate(row) if on]
+                == sorted(set(film["genres"]) - {tags[0]}))
     assert array("val", "visual").shape == (6, 1, 3, 16, 16)
     assert array("val", "text").shape == (6, 64) and (array("val", "text")[:, 0] == 2).all()
     result = train_on(tmp_path / "data", "mm_imdb", monkeypatch)
@@ -695,20 +758,27 @@ def test_mm_imdb_takes_the_longest_plot_and_counts_missing_files(tmp_path, vocab
         info = {"genres": genres, "plot": ["green", "the sweet pepper", "a"]}
         (tmp_path / f"dataset/{film}.json").write_text(json.dumps(info))
         make_png(tmp_path / "x.png", flat(7)).rename(tmp_path / f"dataset/{film}.jpeg")
-    (tmp_path / "split.json").write_text(json.dumps({"train": ["1", "2", "5"], "dev": ["3"], "test": ["4"]}))
-    info, ids, labels, array = run_script(mm_imdb, tmp_path, tmp_path / "data", *vocab, "--max-length", "6")
+    (tmp_path / "split.json").write_text(
+        json.dumps({"train": ["1", "2", "5"], "dev": ["3"], "test": ["4"]}))
+    info, ids, labels, array = run_script(mm_imdb, tmp_path, tmp_path / "data",
+                                          *vocab, "--max-length", "6")
     assert info["unreadable"]["train"] == ["5"] and len(info["classes"]) == 23
     assert array("train", "text")[0].tolist() == [2, 5, 9, 8, 3, 0]
-    named = {s: [[info["classes"][k] for k, on in enumerate(row) if on] for row in rows] for s, rows in labels.items()}
+    named = {s: [[info["classes"][k] for k, on in enumerate(row) if on] for row in rows]
+             for s, rows in labels.items()}
     assert named == {"train": [["Drama"], ["Short"]], "val": [[]], "test": [["Drama", "War"]]}
 
 
 @needs_real
 def test_food101_on_groceries_in_the_layout_of_the_mirror(tmp_path, vocab, capsys, monkeypatch):
-    info, ids, labels, array = run_script(food101, REAL / "grocery_it", tmp_path / "data", *vocab, "--max-length", "8")
-    assert info["classes"] == (REAL / "grocery_it/classes.txt").read_text().split() and "titles" in info["source"]
-    assert info["counts"]["test"] == 320 and info["counts"]["train"] + info["counts"]["val"] == 576
-    assert np.bincount(labels["val"]).tolist() == [4] * 16 and np.bincount(labels["train"]).tolist() == [32] * 16
+    info, ids, labels, array = run_script(food101, REAL / "grocery_it", tmp_path / "data",
+                                          *vocab, "--max-length", "8")
+    assert (info["classes"] == (REAL / "grocery_it/classes.txt").read_text().split()
+            and "titles" in info["source"])
+    assert (info["counts"]["test"] == 320
+            and info["counts"]["train"] + info["counts"]["val"] == 576)
+    assert (np.bincount(labels["val"]).tolist() == [4] * 16
+            and np.bincount(labels["train"]).tolist() == [32] * 16)
     assert array("test", "visual").shape == (320, 1, 3, 16, 16)
     assert len(set(array("test", "visual").mean((1, 2, 3, 4)))) > 300
     with open(REAL / "grocery_it/texts/test_titles.csv", newline="") as file:
@@ -720,34 +790,42 @@ def test_food101_on_groceries_in_the_layout_of_the_mirror(tmp_path, vocab, capsy
 
 
 def test_food101_titles_with_commas_and_whole_pages(tmp_path, vocab):
-    """Two files of each class to train with, one to test; the pages say other words than the titles."""
+    """Two files of each class to train with, one to test;
+    the pages say other words than the titles."""
     titles = {"train": [], "test": []}
-    photos = [("train", "tacos"), ("train", "tacos"), ("train", "pie"), ("train", "pie"), ("test", "pie")]
+    photos = [("train", "tacos"), ("train", "tacos"), ("train", "pie"), ("train", "pie"),
+              ("test", "pie")]
     for i, (side, dish) in enumerate(photos):
         # web pictures often are not what their name says
         make_png(tmp_path / f"images/{side}/{dish}/{dish}_{i}.jpg", flat(10 * i))
-        titles[side].append(f'{dish}_{i}.jpg,"the, green",{dish}\n' if i else f"{dish}_{i}.jpg,,{dish}\n")
+        titles[side].append(f'{dish}_{i}.jpg,"the, green",{dish}\n' if i
+                            else f"{dish}_{i}.jpg,,{dish}\n")
         (tmp_path / f"texts_txt/{dish}").mkdir(parents=True, exist_ok=True)
         (tmp_path / f"texts_txt/{dish}/{dish}_{i}.txt").write_text("pepper\n\npepper")
-    pages, _, _, array = run_script(food101, tmp_path, tmp_path / "pages", *vocab, "--max-length", "5")
+    pages, _, _, array = run_script(food101, tmp_path, tmp_path / "pages",
+                                    *vocab, "--max-length", "5")
     assert "pages" in pages["source"] and array("test", "text").tolist() == [[2, 8, 8, 3, 0]]
     (tmp_path / "texts").mkdir()
     for side, rows in titles.items():
         (tmp_path / f"texts/{side}_titles.csv").write_text("".join(rows))
-    info, ids, labels, array = run_script(food101, tmp_path, tmp_path / "titles", *vocab, "--max-length", "6")
+    info, ids, labels, array = run_script(food101, tmp_path, tmp_path / "titles",
+                                          *vocab, "--max-length", "6")
     assert "titles" in info["source"] and info["classes"] == ["pie", "tacos"]
     assert ids["test"] == ["pie_4"] and labels["test"] == [0]
-    assert array("test", "text").tolist() == [[2, 5, 1, 7, 3, 0]] and array("test", "visual")[0, 0, 0, 0, 0] == 40
+    assert (array("test", "text").tolist() == [[2, 5, 1, 7, 3, 0]]
+            and array("test", "visual")[0, 0, 0, 0, 0] == 40)
     texts = [*array("train", "text").tolist(), *array("val", "text").tolist()]
     everything = dict(zip(ids["train"] + ids["val"], texts))
     assert everything["tacos_0"] == [2, 3, 0, 0, 0, 0]     # no title at all
-    assert run_script(food101, tmp_path, tmp_path / "chosen", *vocab, "--text", "pages")[0]["source"].endswith("pages")
+    assert run_script(food101, tmp_path, tmp_path / "chosen",
+                      *vocab, "--text", "pages")[0]["source"].endswith("pages")
 
 
 # ---- both vocabularies: Tables 6 and 11 need BERT and DeBERTa on the same data ----
 @pytest.fixture
 def public(tmp_path, monkeypatch):
-    """Two tiny vocabularies in the place of the public ones: name -> tokenizer. Nothing is downloaded."""
+    """Two tiny vocabularies in the place of the public ones: name -> tokenizer.
+    Nothing is downloaded."""
     files = {"bert_vocab": write_vocab(tmp_path / "bert.txt", "the a green pepper sweet cake"),
              "deberta_vocab": ROOT / "tests/fixtures/encoders/tokenizer_bpe/bpe_encoder.bin"}
     monkeypatch.setattr(media.checkpoints, "download", lambda name: files[name])
@@ -763,7 +841,8 @@ def rows_of(tokenizer, texts, length):
 
 
 def described(tokenizer):
-    return {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
+    return {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size}
 
 
 def few_films(folder, plots):
@@ -771,7 +850,8 @@ def few_films(folder, plots):
     (folder / "dataset").mkdir(parents=True)
     names = [chr(ord("a") + i) for i in range(len(plots))]
     for name, plot in zip(names, plots):
-        (folder / f"dataset/{name}.json").write_text(json.dumps({"genres": ["Drama"], "plot": [plot]}))
+        (folder / f"dataset/{name}.json").write_text(
+            json.dumps({"genres": ["Drama"], "plot": [plot]}))
         make_png(folder / "x.png", flat(7)).rename(folder / f"dataset/{name}.jpeg")
     lists = {"train": names[:-3], "dev": names[-3:-1], "test": names[-1:]}
     (folder / "split.json").write_text(json.dumps(lists))
@@ -789,18 +869,22 @@ def few_dishes(folder, titles):
     return {str(i): title for i, title in enumerate(titles)}
 
 
-TEXTS = ["the green pepper", "", "sweet sweet cake, a sweet cake for all of us", "crème brûlée", "A cake!", "pepper"]
+TEXTS = ["the green pepper", "", "sweet sweet cake, a sweet cake for all of us", "crème brûlée",
+         "A cake!", "pepper"]
 TWO_VOCABULARIES = [(food101, few_dishes, "bert_vocab", "deberta_vocab"),
                     (mm_imdb, few_films, "deberta_vocab", "bert_vocab")]
 
 
 @pytest.mark.parametrize("script, layout, own, other", TWO_VOCABULARIES, ids=["food101", "mm_imdb"])
-def test_texts_are_stored_for_both_public_vocabularies(script, layout, own, other, tmp_path, public):
+def test_texts_are_stored_for_both_public_vocabularies(script, layout, own, other, tmp_path,
+                                                       public):
     text = layout(tmp_path / "raw", TEXTS)
-    info, ids, _, array = run_script(script, tmp_path / "raw", tmp_path / "data", "--max-length", "9")
+    info, ids, _, array = run_script(script, tmp_path / "raw", tmp_path / "data",
+                                     "--max-length", "9")
     kind = public[other].kind
     assert kind in ("wordpiece", "byte_bpe") and kind != public[own].kind
-    assert info["tokenizer"] == described(public[own]) and info["other_tokenizers"] == [described(public[other])]
+    assert (info["tokenizer"] == described(public[own])
+            and info["other_tokenizers"] == [described(public[other])])
     assert info["modalities"]["text"] == "text" and set(info["shapes"]) == {"visual", "text"}
     for split, n in info["counts"].items():
         texts = [text[id] for id in ids[split]]
@@ -808,26 +892,31 @@ def test_texts_are_stored_for_both_public_vocabularies(script, layout, own, othe
         assert first.shape == second.shape == (n, 9) and first.dtype == second.dtype == np.int32
         assert np.array_equal(first, rows_of(public[own], texts, 9))
         assert np.array_equal(second, rows_of(public[other], texts, 9))
-        assert np.array_equal(data.Split(tmp_path / "data" / info["name"], split).arrays[f"text.{kind}"], second)
+        assert np.array_equal(
+            data.Split(tmp_path / "data" / info["name"], split).arrays[f"text.{kind}"], second)
     assert (array("train", f"text.{kind}")[:, -1] != 0).any()     # one text was cut
 
 
 @pytest.mark.parametrize("script, layout, own, other", TWO_VOCABULARIES, ids=["food101", "mm_imdb"])
-def test_with_a_vocabulary_of_ones_own_there_is_one_array_and_a_warning(script, layout, own, other, tmp_path, public,
-                                                                       vocab, capsys):
+def test_with_a_vocabulary_of_ones_own_there_is_one_array_and_a_warning(
+        script, layout, own, other, tmp_path, public, vocab, capsys):
     layout(tmp_path / "raw", TEXTS)
     info, _, _, array = run_script(script, tmp_path / "raw", tmp_path / "data", *vocab)
-    said = [line for line in capsys.readouterr().out.splitlines() if "another vocabulary can't read these data" in line]
+    said = [line for line in capsys.readouterr().out.splitlines()
+            if "another vocabulary can't read these data" in line]
     assert len(said) == 1 and "wordpiece" in said[0]
     assert info["other_tokenizers"] == [] and info["tokenizer"]["kind"] == "wordpiece"
     folder = tmp_path / "data" / info["name"] / "train"
-    assert sorted(f.name for f in folder.iterdir()) == ["ids.txt", "labels.npy", "text.npy", "visual.npy"]
+    assert sorted(f.name for f in folder.iterdir()) == ["ids.txt", "labels.npy", "text.npy",
+                                                        "visual.npy"]
 
 
 def test_rows_of_both_vocabularies_belong_to_the_items_that_could_be_read(tmp_path, public):
     text = few_films(tmp_path / "raw", TEXTS)
-    (tmp_path / "raw/dataset/a.jpeg").write_bytes(b"no picture at all " * 100)     # seen while decoding
-    info, ids, _, array = run_script(mm_imdb, tmp_path / "raw", tmp_path / "data", "--max-length", "9")
+    # Seen while decoding.
+    (tmp_path / "raw/dataset/a.jpeg").write_bytes(b"no picture at all " * 100)
+    info, ids, _, array = run_script(mm_imdb, tmp_path / "raw", tmp_path / "data",
+                                     "--max-length", "9")
     assert info["unreadable"]["train"] == ["a"] and ids["train"] == ["b", "c"]
     expected = rows_of(public["bert_vocab"], [text["b"], text["c"]], 9)
     assert np.array_equal(array("train", "text.wordpiece"), expected)
@@ -835,7 +924,8 @@ def test_rows_of_both_vocabularies_belong_to_the_items_that_could_be_read(tmp_pa
 
 def test_both_vocabularies_count_for_the_disk(tmp_path, public, monkeypatch):
     few_films(tmp_path / "raw", TEXTS)
-    one_row = 3 * 16 * 16 + 512 * 4     # picture and one array of ids; the second one is 512 * 4 bytes more
+    # Picture and one array of ids; the second one is 512 * 4 bytes more.
+    one_row = 3 * 16 * 16 + 512 * 4
     free = lambda path: shutil._ntuple_diskusage(10**9, 0, len(TEXTS) * one_row + 1)
     monkeypatch.setattr(write.shutil, "disk_usage", free)
     with pytest.raises(ValueError, match="the disk has"):
@@ -843,7 +933,8 @@ def test_both_vocabularies_count_for_the_disk(tmp_path, public, monkeypatch):
     assert not list((tmp_path / "data").rglob("*"))
 
 
-def test_a_vocabulary_that_cannot_be_had_stops_before_anything_is_written(tmp_path, public, monkeypatch):
+def test_a_vocabulary_that_cannot_be_had_stops_before_anything_is_written(tmp_path, public,
+                                                                          monkeypatch):
     few_films(tmp_path / "raw", TEXTS)
     have = media.checkpoints.download
 
@@ -858,9 +949,11 @@ def test_a_vocabulary_that_cannot_be_had_stops_before_anything_is_written(tmp_pa
 
 
 def test_one_recording_is_read_with_one_tokenizer(public):
-    """What `evaluate.py --clip` does: only the options that a text needs, and no other vocabulary."""
+    """What `evaluate.py --clip` does: only the options that a text needs,
+    and no other vocabulary."""
     item = media.Item("clip", "", {"text": "the green pepper"})
-    row = media.read_item(item, {"text": "text"}, SimpleNamespace(max_length=7), public["bert_vocab"])
+    row = media.read_item(item, {"text": "text"}, SimpleNamespace(max_length=7),
+                          public["bert_vocab"])
     assert list(row) == ["text"] and row["text"].tolist() == [2, 5, 7, 8, 3, 0, 0]
 
 
@@ -887,16 +980,20 @@ def test_ucf101_on_real_frames_and_flow(tmp_path, capsys, monkeypatch):
     info, ids, labels, array = run_script(ucf101, tmp_path, tmp_path / "one")
     classes = ["HandstandPushups", "JumpingJack", "JumpRope"]     # the order of the official list
     assert info["classes"] == classes
-    assert {id: classes[k] for id, k in zip(ids["test"], labels["test"])} == {f"v_{c}_g01_c01": c for c in classes}
+    assert ({id: classes[k] for id, k in zip(ids["test"], labels["test"])}
+            == {f"v_{c}_g01_c01": c for c in classes})
     assert sorted(ids["val"]) == sorted(f"v_{c}_g25_c01" for c in classes)
     assert info["counts"] == {"train": 6, "val": 3, "test": 3}
     assert info["shapes"] == {"visual": [9, 3, 16, 16], "flow": [3, 20, 16, 16]}
     assert not any(info["unreadable"].values())
-    first = [media.read_image(tmp_path / f"tvl1_flow/{axis}/{names[0]}/frame000001.jpg", 16, "GRAY") for axis in "uv"]
+    first = [media.read_image(tmp_path / f"tvl1_flow/{axis}/{names[0]}/frame000001.jpg", 16, "GRAY")
+             for axis in "uv"]
     assert np.array_equal(array("test", "flow")[0, 0, :2], torch.cat(first))
     train_on(tmp_path / "one", "ucf101", monkeypatch)
-    two = run_script(ucf101, tmp_path, tmp_path / "two", "--split", "2", "--stacks", "1", "--flow-length", "5")
-    assert sorted(two[1]["test"]) == sorted(f"v_{c}_{g}_c01" for c in classes for g in ("g08", "g09"))
+    two = run_script(ucf101, tmp_path, tmp_path / "two", "--split", "2", "--stacks", "1",
+                     "--flow-length", "5")
+    assert sorted(two[1]["test"]) == sorted(f"v_{c}_{g}_c01" for c in classes
+                                            for g in ("g08", "g09"))
     assert two[0]["shapes"]["flow"] == [1, 10, 16, 16]
 
 
@@ -906,7 +1003,8 @@ def test_ucf101_from_the_videos_themselves(clips, tmp_path):
         cut = ["-i", str(clip), "-t", "0.5", "-an", str(video)]
         subprocess.run(["ffmpeg", "-nostdin", "-v", "error", *cut], check=True)
         for axis in "uv":
-            make_png(tmp_path / f"tvl1_flow/{axis}/v_YoYo_{group}_c01/frame000001.jpg", np.full((20, 30), 128))
+            make_png(tmp_path / f"tvl1_flow/{axis}/v_YoYo_{group}_c01/frame000001.jpg",
+                     np.full((20, 30), 128))
     info, _, _, array = run_script(ucf101, tmp_path, tmp_path / "data", "--frames", "2")
     assert info["counts"] == {"train": 1, "val": 1, "test": 1}
     assert array("test", "visual").std() > 10 and (array("test", "flow") == 128).all()
@@ -914,7 +1012,8 @@ def test_ucf101_from_the_videos_themselves(clips, tmp_path):
 
 @needs_real
 def test_ucf101_groups_are_the_official_lists():
-    names = lambda path: {line.split()[0].split("/")[1][:-4].replace("HandStand", "Handstand") for line in path.open()}
+    names = lambda path: {line.split()[0].split("/")[1][:-4].replace("HandStand", "Handstand")
+                          for line in path.open()}
     lists = {(k, side): names(REAL / f"splits/ucf101/{side}list0{k}.txt")
              for k in (1, 2, 3) for side in ("train", "test")}
     for k, sides in ucf101.PUBLISHED.items():
@@ -922,7 +1021,8 @@ def test_ucf101_groups_are_the_official_lists():
         split = {"train": set(), "val": set(), "test": set()}
         for name in everything:
             split[ucf101.side_of(name, k)].add(name)
-        assert split["test"] == lists[k, "test"] and {side: len(lists[k, side]) for side in sides} == sides
+        assert (split["test"] == lists[k, "test"]
+                and {side: len(lists[k, side]) for side in sides} == sides)
         assert 0.09 < len(split["val"]) / sides["train"] < 0.12
         assert len({name.split("_")[1] for name in split["val"]}) == 101
     classes = [line.split()[1] for line in (REAL / "splits/ucf101/classInd.txt").open()]
@@ -932,7 +1032,8 @@ def test_ucf101_groups_are_the_official_lists():
 # ---- the toys ----
 @pytest.fixture
 def small_toys(monkeypatch):
-    monkeypatch.setattr(toy, "SIZES", dict.fromkeys(toy.WORLDS, {"train": 24, "val": 12, "test": 36}))
+    monkeypatch.setattr(toy, "SIZES",
+                        dict.fromkeys(toy.WORLDS, {"train": 24, "val": 12, "test": 36}))
 
 
 def files_of(folder):
@@ -948,7 +1049,8 @@ def test_a_toy_is_a_prepared_data_set_and_depends_on_the_seed_alone(world, tmp_p
     assert one == files_of(tmp_path / "two") and [f.name for f in tmp_path.glob(".*")] == []
     assert one["train/audio.npy"] != files_of(tmp_path / "other")["train/audio.npy"]
     info = json.loads(one["dataset.json"])
-    assert info["counts"] == toy.SIZES[world] and info["source"] == "generated by prepare/toy.py, seed 3"
+    assert (info["counts"] == toy.SIZES[world]
+            and info["source"] == "generated by prepare/toy.py, seed 3")
     assert info["name"] == world and "made_by" not in info
     for split, n in toy.SIZES[world].items():
         assert len(data.Split(tmp_path / "one", split)) == n
@@ -976,10 +1078,12 @@ SCRIPTS = [ave, crema_d, food101, kinetics_sound, mm_imdb, ucf101]
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_without_the_download_one_line_says_what_to_get(script, tmp_path):
-    assert "\n" not in script.HELP and f"`python -m {script.__name__} --source downloads/" in script.HELP
+    assert ("\n" not in script.HELP
+            and f"`python -m {script.__name__} --source downloads/" in script.HELP)
     with pytest.raises(FileNotFoundError) as error:
         script.main(["--source", str(tmp_path / "none"), "--data-root", str(tmp_path / "data")])
-    assert script.HELP in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "data").exists()
+    assert (script.HELP in str(error.value) and "\n" not in str(error.value)
+            and not (tmp_path / "data").exists())
     # train_joint.py --dataset says the same
     with pytest.raises(FileNotFoundError, match="no prepared data") as error:
         arguments.find(str(tmp_path), script.__name__.split(".")[-1])
@@ -997,10 +1101,15 @@ def test_help_shows_the_command_as_typed_and_fits_the_screen(script, monkeypatch
 
 
 def test_as_a_program(tmp_path):
-    """Trouble is one line on stderr and exit code 1; help does not wait for torchvision and torchaudio."""
-    program = lambda *arguments: subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
-    done = program("-m", "prepare.crema_d", "--source", str(tmp_path / "none"), "--data-root", str(tmp_path))
-    assert done.returncode == 1 and done.stderr == f"error: no AudioWAV/*.wav in {tmp_path / 'none'}. {crema_d.HELP}\n"
-    imports = "import sys, prepare." + ", prepare.".join(s.__name__.split(".")[-1] for s in [*SCRIPTS, custom])
+    """Trouble is one line on stderr and exit code 1;
+    help does not wait for torchvision and torchaudio."""
+    program = lambda *arguments: subprocess.run([sys.executable, *arguments], cwd=ROOT,
+                                                capture_output=True, text=True)
+    done = program("-m", "prepare.crema_d", "--source", str(tmp_path / "none"),
+                   "--data-root", str(tmp_path))
+    assert done.returncode == 1 and done.stderr == (
+        f"error: no AudioWAV/*.wav in {tmp_path / 'none'}. {crema_d.HELP}\n")
+    imports = "import sys, prepare." + ", prepare.".join(s.__name__.split(".")[-1]
+                                                         for s in [*SCRIPTS, custom])
     heavy = "any(m.split('.')[0] in ('torchvision', 'torchaudio') for m in sys.modules)"
     assert program("-c", f"{imports}; sys.exit({heavy})").returncode == 0

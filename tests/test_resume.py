@@ -1,5 +1,5 @@
-"""Runs that are started again, were interrupted, or find another setting in their folder; and that the
-loop is a plain loop."""
+"""Runs that are started again, were interrupted, or find another setting in their folder;
+and that the loop is a plain loop."""
 import contextlib
 import io
 import itertools
@@ -24,8 +24,8 @@ from harness import files, optim, runs
 from harness.optim import lr_factor, make_optimizer
 from paper import settings
 from pretrained.checkpoints import download, load_public
-from running import (MMLORA, QUICK, ROOT, SMALL, UMFT_EPOCHS, UNIMODAL, call, error, everything, log_of,
-                     process, result, table, tensors)
+from running import (MMLORA, QUICK, ROOT, SMALL, UMFT_EPOCHS, UNIMODAL, call, error, everything,
+                     log_of, process, result, table, tensors)
 from test_fingerprint import Project
 
 
@@ -193,7 +193,8 @@ def new_run(out, root, **changed):
 
 
 def test_files_are_replaced_whole_or_not_at_all(base, root, copied, monkeypatch):
-    """Killed before the new file has its name: the old one is there, from the first to the last byte."""
+    """Killed before the new file has its name: the old one is there,
+    from the first to the last byte."""
     run = new_run(copied, root)
     models = nn.ModuleDict({"audio": nn.Linear(2, 2)})
     run.resume(models, make_optimizer("adamw", models, 0.1, 0.1))
@@ -257,7 +258,8 @@ def test_optimisers_survive_a_stop(name, root, tmp_path):
 
 @pytest.mark.parametrize("words, named", [
     ("--epochs 5", "epochs 4 (now 5)"), ("--batch-size 8", "batch_size 25 (now 8)"),
-    ("--precision bf16", "precision fp32 (now bf16)"), ("--umft-epochs 21", f"epochs {UMFT_EPOCHS} (now 21)"),
+    ("--precision bf16", "precision fp32 (now bf16)"),
+    ("--umft-epochs 21", f"epochs {UMFT_EPOCHS} (now 21)"),
     ("--umft-lr 0.5", "(now 0.5)")])
 def test_a_folder_keeps_one_setting(words, named, base, root):
     before = everything(base.out)
@@ -279,15 +281,16 @@ def test_again_trains_anew_what_has_changed(base, copied, root):
         assert (copied / name).read_bytes() == (base.out / name).read_bytes()
     printed = call("train_joint.py", *words, out=copied, root=root)
     assert printed.count("nothing to do") == 3 and len(list(copied.glob("toy/old/*"))) == 1
-    call("train_joint.py", *SMALL, "--again", out=copied, root=root)     # twice in a second, perhaps
+    # Twice in a second, perhaps.
+    call("train_joint.py", *SMALL, "--again", out=copied, root=root)
     assert len(list(copied.glob("toy/old/*/result.json"))) == 2
     for name in ("model.safetensors", "logits.safetensors"):
         assert (copied / MMLORA / name).read_bytes() == (base.run / name).read_bytes()
 
 
 def test_settings_of_the_paper_file_count_too(base, root, monkeypatch):
-    """A student changes the weight decay in paper/settings.py and runs again: the old result must not
-    pass for the new one."""
+    """A student changes the weight decay in paper/settings.py and runs again:
+    the old result must not pass for the new one."""
     changed = settings.SETTINGS["toy"] | dict(weight_decay=0.5)
     monkeypatch.setitem(settings.SETTINGS, "toy", changed)
     assert "weight_decay" in error("train_joint.py", *SMALL, out=base.out, root=root)
@@ -296,8 +299,8 @@ def test_settings_of_the_paper_file_count_too(base, root, monkeypatch):
 @pytest.mark.parametrize("modality, encoder", [("audio", "audio_vit_toy"), ("visual", "vit_toy")])
 def test_training_is_a_plain_loop_whatever_the_micro_batch(modality, encoder, root, tmp_path,
                                                            monkeypatch):
-    """Eq. 1 with SGD (linear in the gradient) against a few lines of PyTorch; parts of a batch see the
-    augmentation of the whole."""
+    """Eq. 1 with SGD (linear in the gradient) against a few lines of PyTorch;
+    parts of a batch see the augmentation of the whole."""
     last, save_last, recipe = {}, runs.Run.save_last, settings.settings_for("toy")
 
     def spy(self, stored, *rest):
@@ -333,7 +336,8 @@ def test_training_is_a_plain_loop_whatever_the_micro_batch(modality, encoder, ro
 
 @pytest.mark.parametrize("script, run", [("train_joint.py", MMLORA),
                                          ("baselines.full_ume", "toy/full-s0")])
-def test_the_best_epoch_is_the_first_of_equal_ones_and_may_be_epoch_0(script, run, base, copied, root):
+def test_the_best_epoch_is_the_first_of_equal_ones_and_may_be_epoch_0(script, run, base, copied,
+                                                                      root):
     name = run.removesuffix("-s0")
     for lr in ("1e-30", "2"):     # nothing changes; everything breaks
         printed = call(script, *QUICK, "--lr", lr, out=copied, root=root)
@@ -359,7 +363,8 @@ def test_unimodal_runs_serve_any_joint_run(base, copied, root):
     before = {f: f.stat().st_mtime_ns for f in copied.glob("toy/unimodal-*/*")}
     words = "--rank 2 --epochs 1 --batch-size 40".split()
     call("train_joint.py", *words, out=copied, root=root)
-    words = "--rank 3 --epochs 1 --umft-lr 1e-3 --pretrained audio=audio_vit_toy visual=vit_toy".split()
+    words = ("--rank 3 --epochs 1 --umft-lr 1e-3"
+             " --pretrained audio=audio_vit_toy visual=vit_toy").split()
     call("train_joint.py", *words, "--umft-epochs", UMFT_EPOCHS, out=copied, root=root)
     assert {f: f.stat().st_mtime_ns for f in copied.glob("toy/unimodal-*/*")} == before
     words = "--rank 4 --epochs 1 --umft-epochs 7".split()
@@ -367,7 +372,8 @@ def test_unimodal_runs_serve_any_joint_run(base, copied, root):
 
 
 def test_a_joint_run_that_needs_less_memory_takes_the_unimodal_runs_as_they_are(base, copied, root):
-    """`try --micro-batch 16`, says the line that full memory ends with, also when step 1 is done."""
+    """`try --micro-batch 16`, says the line that full memory ends with,
+    also when step 1 is done."""
     before = {f: f.stat().st_mtime_ns for f in copied.glob("toy/unimodal-*/*")}
     words = "--rank 2 --epochs 1 --micro-batch 8".split()
     printed = call("train_joint.py", *words, out=copied, root=root)
@@ -381,7 +387,8 @@ BREAKS = {     # where it stands, and the epochs and steps of a run of 3 epochs,
     "before the first batch": ("            optim.set_lr(", "            break\n", [0, 0, 0]),
     "after the first batch": ("        run.end_of_epoch(epoch,", "            break\n", [1, 1, 1]),
     "in the middle": ("        run.end_of_epoch(epoch,",
-                      "            if epoch == 2 and step == 6:\n                break\n", [4, 2, 4]),
+                      "            if epoch == 2 and step == 6:\n                break\n",
+                      [4, 2, 4]),
     "out of both loops": ("        run.end_of_epoch(epoch,",
                           "            if step == 6:\n                break\n"
                           "        if epoch == 2:\n            break\n", [4]),

@@ -23,8 +23,8 @@ from lora import add_lora
 from paper import settings
 from prepare import toy
 from pretrained.checkpoints import download, load_public
-from running import (MMLORA, QUICK, SMALL, UMFT_EPOCHS, accuracy, call, error, everything, log_of, process,
-                     result, table, tensors)
+from running import (MMLORA, QUICK, SMALL, UMFT_EPOCHS, accuracy, call, error, everything, log_of,
+                     process, result, table, tensors)
 from test_parts import naive_f1
 
 BOTH = ("audio", "visual")
@@ -59,7 +59,8 @@ def test_closing_table(base):
     for label, (scores, trained) in wanted.items():
         p = scores["accuracy"]
         assert rows[label][0] == f"{100 * p:.1f} +- {100 * math.sqrt(p * (1 - p) / 120):.1f}"
-        groups = [f"{100 * scores['groups'][g]:.1f}" for g in ("both fine", "sound off", "sight off")]
+        groups = [f"{100 * scores['groups'][g]:.1f}"
+                  for g in ("both fine", "sound off", "sight off")]
         assert rows[label][1:4] == groups
         assert rows[label][4].replace(",", "") == str(trained)
     assert "120 samples, 8 classes" in base.printed
@@ -77,7 +78,8 @@ def test_table_is_aligned(words, base, copied, root):
     numbers = [line for line in printed.splitlines() if re.search(r"\d\.\d \+-", line)]
     assert len(numbers) == len(table(printed)) > 0
     for line in numbers:     # the end of the first number's column is the end of its heading
-        assert re.search(r"\d \+- \d+\.\d$", line[:header.index("accuracy") + len("accuracy")]), line
+        assert re.search(r"\d \+- \d+\.\d$",
+                         line[:header.index("accuracy") + len("accuracy")]), line
     for line in [header, *numbers]:
         assert len(line) == len(header) <= 80
 
@@ -119,7 +121,8 @@ def test_mmlora_stores_A_and_B_only(base):
     stored = tensors(base.out, MMLORA)
     assert len(stored) == 2 * 3 * 6     # two encoders, three blocks, A and B of q, k, v
     assert all(name.endswith(("lora_A", "lora_B")) for name in stored)
-    assert sum(t.numel() for t in stored.values()) == base.result["trained_parameters"] == of_lora(*BOTH)
+    assert (sum(t.numel() for t in stored.values()) == base.result["trained_parameters"]
+            == of_lora(*BOTH))
     # Else most tests of this file would compare B = 0.
     assert base.result["best_epoch"] > 0 and all(t.any() for t in stored.values())
     unimodal = tensors(base.out, "toy/unimodal-audio-s0")
@@ -180,7 +183,8 @@ def test_full_ume(base, copied, root):
     printed = call("baselines.full_ume", *SMALL, "--lr", 1e-3, out=copied, root=root)
     full, stored = (read(copied, "toy/full-lr0.001-s0") for read in (result, tensors))
     assert full["method"] == "full"
-    assert full["trained_parameters"] == sum(t.numel() for t in stored.values()) == whole("audio") + whole("visual")
+    assert (full["trained_parameters"] == sum(t.numel() for t in stored.values())
+            == whole("audio") + whole("visual"))
     assert full["ume"] == base.result["ume"]
     before = {}
     for m in BOTH:
@@ -196,7 +200,8 @@ def test_full_ume(base, copied, root):
     told = config.read_text()
     sha256 = json.loads(told)["settings"]["unimodal"]["audio"]["sha256"]
     config.write_text(told.replace(sha256, "0"))
-    assert lora not in table(call("baselines.full_ume", *SMALL, "--lr", 1e-3, out=copied, root=root))
+    assert lora not in table(call("baselines.full_ume", *SMALL, "--lr", 1e-3,
+                                  out=copied, root=root))
 
 
 def test_separate_losses_are_those_of_the_modalities_alone(base, copied, root, monkeypatch):
@@ -254,7 +259,8 @@ def test_of_several_learning_rates_the_best_on_validation_is_shown(copied, root)
     assert told[2] == ", ".join(f"{lr:g} {100 * v:.1f}" for lr, v in mean.items())
     assert mean[1e-30] < mean[best] == max(mean.values())
     cells = list(table(printed).values())[-1]
-    assert cells[0].startswith(f"{50 * sum(r['test']['prob']['accuracy'] for r in found[best]):.1f}")
+    assert cells[0].startswith(
+        f"{50 * sum(r['test']['prob']['accuracy'] for r in found[best]):.1f}")
 
 
 def test_step_1_takes_one_learning_rate(root, tmp_path):
@@ -297,7 +303,8 @@ def test_no_umft(root, tmp_path):
     assert [f.name for f in (tmp_path / "toy").iterdir()] == ["no-umft-all-r1-s0"]
     assert "ume" not in done
     assert list(table(printed)) == ["MMLoRA without UMFT, rank 1, audio+visual"]
-    assert done["trained_parameters"] == of_lora(*BOTH) + sum(WIDTH[m] * 8 + 8 for m in BOTH)     # LoRA and heads
+    # LoRA and heads
+    assert done["trained_parameters"] == of_lora(*BOTH) + sum(WIDTH[m] * 8 + 8 for m in BOTH)
     assert done["best_epoch"] > 0
     torch.manual_seed(0)
     for m, encoder in done["encoders"].items():     # the same draws as in the script
@@ -336,7 +343,8 @@ def test_rank_and_averaged_logits(base, copied, root):
     run = "toy/logits-all-r2-s0"
     done, stored = result(copied, run), tensors(copied, run)
     assert done["fusion"] == "logits"
-    assert done["trained_parameters"] == of_lora(*BOTH, rank=2) == 2 * of_lora(*BOTH) == sum(t.numel() for t in stored.values())
+    assert (done["trained_parameters"] == of_lora(*BOTH, rank=2) == 2 * of_lora(*BOTH)
+            == sum(t.numel() for t in stored.values()))
     assert {min(t.shape) for t in stored.values()} == {2}
     # Selected by what is averaged.
     ours = [line["val"]["logits"] for line in log_of(copied, run)]
@@ -374,7 +382,8 @@ def test_each_seed_once(root, tmp_path):
 
 
 def test_other_encoders_for_one_modality_or_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(toy, "SIZES", {"toy": {"train": 30, "val": 20, "test": 20}})     # or it takes long
+    # Or it takes long.
+    monkeypatch.setattr(toy, "SIZES", {"toy": {"train": 30, "val": 20, "test": 20}})
     words = "--epochs 1 --umft-epochs 1 --encoder visual=resnet18 --pretrained visual=none".split()
     call("train_joint.py", *words, out=tmp_path, root=tmp_path / "data")
     run, = tmp_path.glob("toy/mmlora-*")
@@ -575,7 +584,8 @@ def test_plot_without_matplotlib(base, root, monkeypatch):
     ("train_unimodal.py", "--modality audio --encoder audio_vit_b --pretrained none",
      r"takes spectrograms of \(128, 204\), .* \(32, 64\)"),
     ("train_unimodal.py", "--modality audio --encoder resnt18", "resnt18"),
-    ("train_unimodal.py", "--modality audio --pretrained nowhere.pth", "no checkpoint at nowhere.pth"),
+    ("train_unimodal.py", "--modality audio --pretrained nowhere.pth",
+     "no checkpoint at nowhere.pth"),
     ("baselines.no_umft", "--pretrained audio=nowhere.pth", "no checkpoint at nowhere.pth"),
     ("train_unimodal.py", "--modality audio --encoder smell=resnet18 --epochs 1", "smell"),
     ("train_unimodal.py", "--modality audio --pretrained smell=none --epochs 1", "smell"),

@@ -23,8 +23,9 @@ FILES = {"wordpiece": [VOCAB_TXT], "bpe": [VOCAB_JSON, MERGES_TXT], "bpe_bin": [
 
 # Characters on both sides of every rule: kinds of spaces, contractions, numbers that are no digits,
 # letters, symbols, invisible, broken.
-TRICKY = (" \t\n\r\x0b\x1c\x85\xa0\u2003\u2028\u3000" "'strevmldSTA" "019²½Ⅷ٣一〇" "ab éÉe\u0301ßẞΣσςİǅÅ\u212b한か豈𠮷"
-          ".,-_$^~`|¡«—…€°©" "\x00\x07\xad\u200b\ufeff\ufffd\ue000❤\ufe0f🍕")
+TRICKY = (" \t\n\r\x0b\x1c\x85\xa0\u2003\u2028\u3000" "'strevmldSTA" "019²½Ⅷ٣一〇"
+          "ab éÉe\u0301ßẞΣσςİǅÅ\u212b한か豈𠮷" ".,-_$^~`|¡«—…€°©"
+          "\x00\x07\xad\u200b\ufeff\ufffd\ue000❤\ufe0f🍕")
 
 
 @pytest.fixture(params=FILES)
@@ -45,7 +46,8 @@ def test_recorded_ids(files):
     cases = json.loads((FILES[files][0].parent / "cases.json").read_text())
     assert len(cases) == 40
     for case in cases:
-        ids = case.get("ids_specials_as_text", case["ids"])  # one case spells out [SEP], which is plain text to us
+        # One case spells out [SEP], which is plain text to us.
+        ids = case.get("ids_specials_as_text", case["ids"])
         ids_len12 = case["ids_len12"] if ids == case["ids"] else ids[:11] + ids[-1:]
         assert encode(case["text"]) == ids, case["text"]
         assert encode(case["text"], max_length=12) == ids_len12, case["text"]
@@ -59,7 +61,8 @@ def test_the_docstrings_examples(monkeypatch):
 
 def test_needs_no_torch():
     check = ("import sys; from pretrained import tokenizer;"
-             " tokenizer.load_tokenizer(*sys.argv[1:]).encode('a'); assert 'torch' not in sys.modules")
+             " tokenizer.load_tokenizer(*sys.argv[1:]).encode('a');"
+             " assert 'torch' not in sys.modules")
     subprocess.run([sys.executable, "-c", check, VOCAB_JSON, MERGES_TXT], cwd=ROOT, check=True)
 
 
@@ -68,20 +71,26 @@ def test_needs_no_torch():
 @pytest.mark.parametrize("text, pieces", [
     ("", []),
     (" \t\n\r\u3000 ", []),
-    ("\x00\x07\u200b\ufeff\ufffd\ud800", []),                    # all dropped, half a surrogate pair too
+    # All dropped, half a surrogate pair too.
+    ("\x00\x07\u200b\ufeff\ufffd\ud800", []),
     ("a" * 100, ["a"] + ["##a"] * 99),
     ("a" * 101, ["[UNK]"]),
     ("a" * 100 + " " + "a" * 101 + " dog", ["a"] + ["##a"] * 99 + ["[UNK]", "dog"]),
-    ("a" * 100 + "\u0301.", ["a"] + ["##a"] * 99 + ["."]),       # counted without accents and punctuation
-    ("dog\u0928\u093e", ["[UNK]"]),                              # a known beginning does not save the word
-    ("ΟΔΟΣ", ["ο", "##δ", "##ο", "##σ"]),                        # the capital does not know that it is the last,
-    ("οδος", ["ο", "##δ", "##ο", "##ς"]),                        # but a final sigma stays one
+    # Counted without accents and punctuation.
+    ("a" * 100 + "\u0301.", ["a"] + ["##a"] * 99 + ["."]),
+    # A known beginning does not save the word.
+    ("dog\u0928\u093e", ["[UNK]"]),
+    # The capital does not know that it is the last, but a final sigma stays one.
+    ("ΟΔΟΣ", ["ο", "##δ", "##ο", "##σ"]),
+    ("οδος", ["ο", "##δ", "##ο", "##ς"]),
     # Python calls the first and the last of these spaces, BERT drops them; and the soft hyphen.
     ("do\x0bg do\u00adg do\x1cg", ["dog", "dog", "dog"]),
     ("dog\u2028dog\u00a0dog", ["dog", "dog", "dog"]),
     ("[SEP] [PAD]", ["[", "s", "##e", "##p", "]", "[", "p", "##a", "##d", "]"]),
-    ("dog\U000e0080dog", ["[UNK]"]),                             # unassigned: no letter, but not dropped either
-    ("x²+y", ["x", "##²", "+", "y"]),                            # NFD, not NFKD: ² is not 2
+    # Unassigned: no letter, but not dropped either.
+    ("dog\U000e0080dog", ["[UNK]"]),
+    # NFD, not NFKD: ² is not 2.
+    ("x²+y", ["x", "##²", "+", "y"]),
 ])
 def test_wordpiece_edges(text, pieces):
     assert WordPiece(VOCAB_TXT).tokenize(text) == pieces
@@ -98,9 +107,12 @@ def naive_bert_words(text: str) -> list[str]:
     """The order of google-research/bert: clean the text, space out ideographs, split; then case,
     accents and punctuation word by word."""
     clean = "".join(" " if c in "\t\n\r" or unicodedata.category(c) == "Zs" else c for c in text
-                    if c in "\t\n\r" or not (c in "\0\ufffd" or unicodedata.category(c) in ("Cc", "Cf", "Co", "Cs")))
+                    if c in "\t\n\r"
+                    or not (c in "\0\ufffd"
+                            or unicodedata.category(c) in ("Cc", "Cf", "Co", "Cs")))
     ideographs = ("CJK UNIFIED IDEOGRAPH", "CJK COMPATIBILITY IDEOGRAPH")
-    clean = "".join(f" {c} " if unicodedata.name(c, "").startswith(ideographs) else c for c in clean)
+    clean = "".join(f" {c} " if unicodedata.name(c, "").startswith(ideographs) else c
+                    for c in clean)
     words = []
     for word in clean.split():
         new = True
@@ -118,7 +130,8 @@ def naive_bert_words(text: str) -> list[str]:
 
 def test_bert_words_equal_the_naive_order_of_steps():
     words = WordPiece(VOCAB_TXT).words
-    assigned = [chr(c) for c in (*range(0x2CEB0), *range(0x2F800, 0x2FA20)) if unicodedata.category(chr(c)) != "Cn"]
+    assigned = [chr(c) for c in (*range(0x2CEB0), *range(0x2F800, 0x2FA20))
+                if unicodedata.category(chr(c)) != "Cn"]
     for text in random_texts(TRICKY) + [f"a{c}b {c}" for c in assigned]:
         assert words(text) == naive_bert_words(text), ascii(text)
 
@@ -154,7 +167,8 @@ def test_byte_characters():
 
 
 def kind_of(c: str) -> str:
-    """L, N, S or O: letter, number, white space (Unicode's White_Space: Z* and six control characters), other."""
+    """L, N, S or O: letter, number, white space (Unicode's White_Space: Z* and six control
+    characters), other."""
     major = unicodedata.category(c)[0]
     return major if major in "LN" else "S" if major == "Z" or c in "\t\n\x0b\x0c\r\x85" else "O"
 
@@ -198,7 +212,8 @@ def test_stand_ins_are_of_the_same_kind():
 def naive_bpe(rank, word: bytes) -> list[str]:
     """Merge one pair at a time, the one of lowest rank, the leftmost of these."""
     pieces = [BYTE_CHARACTERS[byte] for byte in word]
-    while pairs := [(rank[pair], i) for i, pair in enumerate(zip(pieces, pieces[1:])) if pair in rank]:
+    while pairs := [(rank[pair], i) for i, pair in enumerate(zip(pieces, pieces[1:]))
+                    if pair in rank]:
         _, i = min(pairs)
         pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
     return pieces
@@ -208,7 +223,8 @@ def test_bpe_merges_equal_one_at_a_time():
     bpe = ByteBPE(BPE_BIN)
     merged = 0
     every_byte = "".join(map(chr, range(256)))
-    words = random_texts("coked thainxzyegr", 2000) + random_texts("ax", 300) + random_texts(every_byte, 1000)
+    words = (random_texts("coked thainxzyegr", 2000) + random_texts("ax", 300)
+             + random_texts(every_byte, 1000))
     for word in words:
         assert bpe.pieces(word) == naive_bpe(bpe.rank, word.encode()), word
         merged += len(word.encode()) - len(bpe.pieces(word))
@@ -238,7 +254,8 @@ def test_bpe_spells_every_string():
 
 def test_both_forms_of_the_bpe_files_agree():
     bpe, from_bin = ByteBPE(VOCAB_JSON, MERGES_TXT), ByteBPE(BPE_BIN)
-    assert (bpe.fingerprint, bpe.vocab, bpe.rank) == (from_bin.fingerprint, from_bin.vocab, from_bin.rank)
+    assert ((bpe.fingerprint, bpe.vocab, bpe.rank)
+            == (from_bin.fingerprint, from_bin.vocab, from_bin.rank))
     assert bpe.vocab_size == from_bin.vocab_size == 521
     for text in random_texts(TRICKY, 500):
         assert bpe.encode(text) == from_bin.encode(text)
@@ -260,13 +277,15 @@ def test_truncation_at_the_border(any_tokenizer):
     text = "the dog. " * 6
     full = any_tokenizer.encode(text)
     for max_length in range(2, len(full) + 3):
-        expected = full if max_length >= len(full) else full[: max_length - 1] + [any_tokenizer.sep_id]
+        expected = (full if max_length >= len(full)
+                    else full[: max_length - 1] + [any_tokenizer.sep_id])
         assert any_tokenizer.encode(text, max_length) == expected
     for pieces, length in [(509, 511), (510, 512), (511, 512), (10_000, 512)]:
         assert len(any_tokenizer.encode(" 1" * pieces)) == length
     seen = any_tokenizer._cached_ids.cache_info().misses
     any_tokenizer.encode(" ".join(map(str, range(10_000, 20_000))))
-    assert any_tokenizer._cached_ids.cache_info().misses <= seen + 512  # what is cut off is not looked at
+    # What is cut off is not looked at.
+    assert any_tokenizer._cached_ids.cache_info().misses <= seen + 512
     with pytest.raises(ValueError, match="max_length is 1"):
         any_tokenizer.encode(text, 1)
 
@@ -278,7 +297,8 @@ def test_specials_in_the_text_are_text(any_tokenizer):
 
 
 def test_nothing_crashes(any_tokenizer):
-    for text in random_texts("".join(map(chr, range(0xD7F0, 0xE010))) + TRICKY, 500):  # around and in the surrogates
+    # Around and in the surrogates.
+    for text in random_texts("".join(map(chr, range(0xD7F0, 0xE010))) + TRICKY, 500):
         ids = any_tokenizer.encode(text)
         assert 2 <= len(ids) <= 512 and all(0 <= id < any_tokenizer.vocab_size for id in ids)
 
@@ -288,17 +308,20 @@ def test_cache_is_bounded_and_changes_nothing(any_tokenizer, monkeypatch):
     small = load_tokenizer(*FILES["wordpiece" if any_tokenizer.kind == "wordpiece" else "bpe"])
     texts = random_texts("the cooked", 300)
     assert [small.encode(text) for text in texts] == [any_tokenizer.encode(text) for text in texts]
-    assert small._cached_ids.cache_info().currsize == 5 < any_tokenizer._cached_ids.cache_info().currsize
+    assert (small._cached_ids.cache_info().currsize == 5
+            < any_tokenizer._cached_ids.cache_info().currsize)
     before = any_tokenizer._cached_ids.cache_info()
     any_tokenizer.encode("x" * 5000)
     assert any_tokenizer._cached_ids.cache_info() == before  # long words are not kept
 
 
 def test_load_tokenizer_and_its_errors(tmp_path):
-    assert isinstance(load_tokenizer(VOCAB_TXT), WordPiece) and load_tokenizer(VOCAB_TXT).kind == "wordpiece"
+    assert (isinstance(load_tokenizer(VOCAB_TXT), WordPiece)
+            and load_tokenizer(VOCAB_TXT).kind == "wordpiece")
     assert isinstance(load_tokenizer(MERGES_TXT, str(VOCAB_JSON)), ByteBPE)
     assert load_tokenizer(BPE_BIN).kind == "byte_bpe"
-    bad = {name: tmp_path / name for name in ("a.json", "list.json", "latin.txt", "m.txt", "b.bin", "pad.txt")}
+    bad = {name: tmp_path / name
+           for name in ("a.json", "list.json", "latin.txt", "m.txt", "b.bin", "pad.txt")}
     bad["a.json"].write_text("{")
     bad["list.json"].write_text('["a"]')
     bad["latin.txt"].write_bytes(b"caf\xe9")
@@ -348,7 +371,9 @@ def test_fingerprint_tells_apart_whatever_changes_ids(tmp_path):
     merges[8:10] = merges[9:7:-1]
     (tmp_path / "vocab.txt").write_text("\n".join(lines), encoding="utf-8")
     (tmp_path / "merges.txt").write_text("\n".join(merges), encoding="utf-8")
-    assert load_tokenizer(tmp_path / "same.txt").fingerprint == load_tokenizer(VOCAB_TXT).fingerprint
+    assert (load_tokenizer(tmp_path / "same.txt").fingerprint
+            == load_tokenizer(VOCAB_TXT).fingerprint)
     fingerprints = {load_tokenizer(*paths).fingerprint for paths in (
-        [VOCAB_TXT], [tmp_path / "vocab.txt"], [VOCAB_JSON, MERGES_TXT], [VOCAB_JSON, tmp_path / "merges.txt"])}
+        [VOCAB_TXT], [tmp_path / "vocab.txt"], [VOCAB_JSON, MERGES_TXT],
+        [VOCAB_JSON, tmp_path / "merges.txt"])}
     assert len(fingerprints) == 4 and all(len(fingerprint) == 12 for fingerprint in fingerprints)

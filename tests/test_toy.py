@@ -28,7 +28,8 @@ def test_pretraining_makes_the_files_again_in_their_public_layout(made, modality
     shipped = checkpoints.download(encoder)
     tensors = load_file(one)
     assert all(name.startswith(names) for name in tensors)
-    assert {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in load_file(shipped).items()}
+    assert ({k: v.shape for k, v in tensors.items()}
+            == {k: v.shape for k, v in load_file(shipped).items()})
     # Trained, and loaded by what loads OpenCLIP and ImageBind.
     torch.manual_seed(0)
     fresh = build(encoder)

@@ -28,7 +28,8 @@ def test_each_learns_as_if_alone(answer):
     logits = two_models()
     loss = answer.loss(logits, Y)
     assert loss.requires_grad, (
-        "nothing can be trained on this loss: it has no gradient, since it does not use the logits.")
+        "nothing can be trained on this loss: it has no gradient, since it does not use the"
+        " logits.")
     loss.backward()
     wrong = float(logits["audio"].grad[0].norm())
     assert abs(wrong - 0.353) < 0.01, (
