@@ -117,11 +117,10 @@ def methods(world: str) -> str:
         row = rows[name]
         found = paired(row, rows["ume"])
         lr = f"{row['lr']:g}" if "lr" in row else ""
-        seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
         trained = f"{row['trained']:,}" if "trained" in row else ""
         lines.append([row["label"], mean_cell(accuracies(row).values()), difference_cell(found),
-                      p_cell(found), lr, row.get("epochs", ""), trained, seconds])
-    head = ["", "accuracy", "- UME", "p", "rate", "epochs", "trained", "s"]
+                      p_cell(found), lr, row.get("epochs", ""), trained])
+    head = ["", "accuracy", "- UME", "p", "rate", "epochs", "trained"]
     return markdown(head, lines)
 
 
