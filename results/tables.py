@@ -128,7 +128,8 @@ def differences(world: str) -> str:
     """What Eq. 3 adds over its controls: pairs of rows, a - b."""
     pairs = [("mmlora", "ume"), ("mmlora", "separate"), ("mmlora", "ume_T"),
              ("mmlora_T", "ume_T"), ("mmlora", "ume_logits"), ("full_ume", "separate_full"),
-             ("mmlora", "full_ume"), ("mmlora", "no_umft"), ("ume_T", "ume"),
+             ("mmlora", "full_ume"), ("mmlora", "small_heads"), ("mmlora", "small_biases"),
+             ("mmlora", "all_linear"), ("mmlora", "no_umft"), ("ume_T", "ume"),
              ("ume_logits", "ume"), ("ogm_ge", "concat"), ("g_blending", "g_blending_fixed")]
     rows, lines = read("main", world), []
     for a, b in pairs:
@@ -184,11 +185,13 @@ def ablations(world: str) -> str:
     lines = []
     for label, row in [("UME", main["ume"]), ("rank 1, both", main["mmlora"]),
                        *((rows[name]["label"], rows[name]) for name in RANKS if name in rows)]:
-        found = paired(row, main["ume"])
+        to_ume, to_both = paired(row, main["ume"]), None
+        if row is not main["ume"]:
+            to_both = paired(row, main["mmlora"])
         lr = f"{row['lr']:g}" if "lr" in row else ""
-        lines.append([label, mean_cell(accuracies(row).values()), difference_cell(found),
-                      p_cell(found), lr])
-    return markdown(["", "accuracy", "- UME", "p", "rate"], lines)
+        lines.append([label, mean_cell(accuracies(row).values()), difference_cell(to_ume),
+                      difference_cell(to_both), p_cell(to_both), lr])
+    return markdown(["", "accuracy", "- UME", "- rank 1, both", "p", "rate"], lines)
 
 
 def sgd(world: str) -> str:
