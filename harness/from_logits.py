@@ -9,6 +9,20 @@ import data
 from harness import arguments, calibration, compare, fingerprint, metrics, report, stored
 
 
+def open_data_of(args, folder: Path) -> tuple:
+    """-> folder of the prepared data of a finished run, its dataset.json, the run's settings.
+
+    Raises ValueError for data with several labels a sample.
+    """
+    stored.check_finished(folder)
+    fingerprint.say_changes(folder)
+    settings = stored.read_config(folder)["settings"]
+    where = arguments.find(args.data_root, settings["dataset"], settings["seed"])
+    info = data.check(where)
+    calibration.only_one_label(info)
+    return where, info, settings
+
+
 # ---- Temperatures, weights ----
 
 def calibration_rows(args, folder: Path) -> dict[str, dict]:
@@ -35,20 +49,6 @@ def calibration_rows(args, folder: Path) -> dict[str, dict]:
             told = ", ".join(f"{m} {value:.3g}" for m, value in chosen.items())
             print(f"    {label}: {told}")
     return rows
-
-
-def open_data_of(args, folder: Path) -> tuple:
-    """-> folder of the prepared data of a finished run, its dataset.json, the run's settings.
-
-    Raises ValueError for data with several labels a sample.
-    """
-    stored.check_finished(folder)
-    fingerprint.say_changes(folder)
-    settings = stored.read_config(folder)["settings"]
-    where = arguments.find(args.data_root, settings["dataset"], settings["seed"])
-    info = data.check(where)
-    calibration.only_one_label(info)
-    return where, info, settings
 
 
 def show_calibration(args) -> None:
