@@ -22,7 +22,7 @@ from harness.arguments import guard
 from harness.report import mean_std
 
 HERE = Path(__file__).resolve().parent
-FILES = ("README.md", "docs/toy.md", "docs/clips.md", "docs/runs.md")
+FILES = ("README.md", "docs/toy.md", "docs/runs.md")
 BLOCK = re.compile(r"(<!-- results: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 WORLDS = ("toy", "toy_mismatched", "toy_mimics")
 CLIPS = "grid_av"                      # real clips, for those who have them: docs/clips.md
@@ -234,7 +234,12 @@ def laziness(world: str) -> str:
     """Linear evaluation of encoders; differences to fine-tuning alone, on the same seeds."""
     rows, lines = read("laziness", world), []
     modalities = [name.removeprefix("unimodal_") for name in rows if name.startswith("unimodal_")]
+    if not modalities:
+        raise ValueError(f"laziness of {world} needs its row mmlora: python -m results.study"
+                         f" --worlds {world} --studies laziness")
     for name in PROBES:
+        if not any(row.startswith(name) for row in rows):
+            continue
         line = [{"pretrained": "pre-trained", "unimodal": "fine-tuned alone (UMFT)"}.get(name)]
         for m in modalities:
             row = rows.get(f"{name}_{m}", rows.get(name))

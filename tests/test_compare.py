@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from harness import calibration, compare
+from paper import settings as paper
 from results import study, tables
 from running import MMLORA, QUICK, ROOT, UMFT_EPOCHS, call, error, result, table
 
@@ -264,6 +265,14 @@ def test_the_text_quotes_the_tables(name):
     for quoted in re.findall(r"[+-]?\d+\.\d+\s\+-\s\d+\.\d+", prose):
         number = re.escape(" ".join(quoted.split()))
         assert re.search(rf"(?<![\d.]){number}(?!\d)", shown), f"{name}: {quoted}"
+
+
+@pytest.mark.parametrize("world", paper.TOY_LR)
+def test_the_default_rates_are_those_that_were_chosen(world):
+    chosen = {name: found["rate"] for name, found in study.read("rates")[world].items()}
+    assert chosen["umft"] == paper.UMFT_LR["toy"]
+    assert paper.TOY_LR[world] == dict(lora=chosen["mmlora"], full=chosen["full_ume"],
+                                       joint=chosen["concat"])
 
 
 def a_row(label, values, **more):

@@ -219,7 +219,8 @@ def test_on_other_data_the_command_refuses(copied, root):
     del info["made_by"]
     with pytest.raises(ValueError) as refused:
         runs.Run(args, name, config["settings"], root / "toy-s0", info, ROOT / "train_joint.py")
-    shown = next(block for block in blocks(README, "") if block.startswith("error: "))
+    page = PAGES["docs/runs.md"]
+    shown = next(block for block in blocks(page, "") if block.startswith("error: "))
     told = re.fullmatch(r"error: runs/\S+: (.*)\n", shown)[1]
     assert str(refused.value).split(": ", 1)[1] == told
 
@@ -235,18 +236,14 @@ def test_python_runs(page, code, base, root, tmp_path, monkeypatch, capsys):
     (tmp_path / "runs").symlink_to(base.out)
     (tmp_path / "data").symlink_to(root)
     monkeypatch.chdir(tmp_path)
-    code = code.replace("toy_mimics", "toy")          # the toy that all tests have
     exec(compile(code, page, "exec"), {})
     numbers = [float(number) for number in re.findall(r"\d\.\d{3,}", capsys.readouterr().out)]
-    if page == "README.md":                           # the accuracy that training has printed
-        wanted = base.result["test"]["prob"]["accuracy"]
-    else:                                             # UME at temperature 1
-        wanted = base.result["ume"]["test"]["prob"]["accuracy"]
+    wanted = base.result["test"]["prob"]["accuracy"]              # which training has printed
     assert numbers[0] == pytest.approx(wanted, abs=6e-4)
 
 
 def test_there_are_snippets():
-    assert [page for page, _ in SNIPPETS] == ["README.md", "docs/toy.md"]
+    assert [page for page, _ in SNIPPETS] == ["docs/runs.md"]
 
 
 # ---- Words, lines, files ----
