@@ -9,11 +9,11 @@
 
 For each world, first a learning rate for each row: three rates, a factor of about three apart. The
 best on validation of seeds 0 and 1 is taken. While it is the lowest or the highest, one more is
-tried, so the winner has a worse one on either side. A rate that stands in rates.json is not searched
-again. Then the fresh seeds. (Of `grid_av`, see docs/clips.md, a seed has no world of its own, only
-its own weights.) A row is a command that anybody can type; it stands in the JSON file beside its
-results, with the commit and the versions. One process, one thread. Runs are kept in --out, and a
-finished one is not trained again.
+tried, so the winner has a worse one on either side. A rate that stands in rates.json is not
+searched again. Then the fresh seeds. (Of `grid_av`, see docs/clips.md, a seed has no world of its
+own, only its own weights.) A row is a command that anybody can type; it stands in the JSON file
+beside its results, with the commit and the versions. One process, one thread. Runs are kept in
+--out, and a finished one is not trained again.
 
     rates.json      the rates tried, and their validation scores
     main.json       all methods; temperatures, weights, averages of logits (from stored logits)

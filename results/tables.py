@@ -130,7 +130,8 @@ def differences(world: str) -> str:
              ("mmlora_T", "ume_T"), ("mmlora", "ume_logits"), ("full_ume", "separate_full"),
              ("mmlora", "full_ume"), ("mmlora", "small_heads"), ("mmlora", "small_biases"),
              ("mmlora", "all_linear"), ("mmlora", "no_umft"), ("ume_T", "ume"),
-             ("ume_logits", "ume"), ("ogm_ge", "concat"), ("g_blending", "g_blending_fixed")]
+             ("ume_logits", "ume"), ("ogm_ge", "concat"), ("pmr", "concat"),
+             ("mla", "concat"), ("mla", "ume"), ("g_blending", "g_blending_fixed")]
     rows, lines = read("main", world), []
     for a, b in pairs:
         if a in rows and b in rows:
