@@ -267,6 +267,18 @@ def test_the_text_quotes_the_tables(name):
         assert re.search(rf"(?<![\d.]){number}(?!\d)", shown), f"{name}: {quoted}"
 
 
+def test_a_claim_is_open_where_its_difference_is_not_bold():
+    """docs/toy.md. Table 8 claims that there is no difference: it is judged by an interval."""
+    text = (ROOT / "docs/toy.md").read_text()
+    bold, judged = "".join(block[0] for block in tables.BLOCK.finditer(text)), 0
+    for line in tables.BLOCK.sub("", text).splitlines():
+        for label, number in re.findall(r"(shown|refuted|open), ([+-][\d.]+ \+- [\d.]+)", line):
+            if not line.startswith("| Table 8"):
+                assert (f"**{number}**" in bold) == (label != "open"), line
+                judged += 1
+    assert judged > 50
+
+
 @pytest.mark.parametrize("world", paper.TOY_LR)
 def test_the_default_rates_are_those_that_were_chosen(world):
     chosen = {name: found["rate"] for name, found in study.read("rates")[world].items()}
