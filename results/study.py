@@ -220,7 +220,8 @@ def umft_rate(args, world: str) -> float:
 
     default = paper.umft_lr(world, encoders_of(world)["audio"], "audio")
     rate, tried = search(default, score)
-    store_rate(world, "umft", command(alone("audio | visual"), world, TUNED_ON), rate, tried)
+    commands = [command(alone(m), world, TUNED_ON) for m in encoders_of(world)]
+    store_rate(world, "umft", " && ".join(commands), rate, tried)
     return rate
 
 

@@ -129,7 +129,7 @@ def differences(world: str) -> str:
     pairs = [("mmlora", "ume"), ("mmlora", "separate"), ("mmlora", "ume_T"),
              ("mmlora_T", "ume_T"), ("mmlora", "ume_logits"), ("full_ume", "separate_full"),
              ("mmlora", "full_ume"), ("mmlora", "small_heads"), ("mmlora", "small_biases"),
-             ("mmlora", "all_linear"), ("mmlora", "no_umft"), ("ume_T", "ume"),
+             ("mmlora", "all_linear"), ("mmlora", "no_umft"), ("mmlora", "pmf"), ("ume_T", "ume"),
              ("ume_logits", "ume"), ("ogm_ge", "concat"), ("pmr", "concat"),
              ("mla", "concat"), ("mla", "ume"), ("g_blending", "g_blending_fixed")]
     rows, lines = read("main", world), []
