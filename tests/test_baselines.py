@@ -239,6 +239,19 @@ def test_options_are_settings_and_part_of_the_name(script):
     assert options["alpha"] == 0.5 and options["no_ge"] is True and options["conv_only"] is False
 
 
+def test_a_run_that_is_killed_while_it_is_tested_trains_nothing_again(script, monkeypatch, tmp_path):
+    def die(*a):
+        raise KeyboardInterrupt
+    whole = script("concat", out=tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(runs.Run, "finish", die)
+        script("concat", out=tmp_path / "killed")
+    resumed = script("concat", out=tmp_path / "killed")
+    epochs = settings_of(resumed)["epochs"]
+    assert f"going on from epoch {epochs + 1}" in script.printed
+    assert same(tensors(resumed), tensors(whole))
+
+
 def killed_and_resumed(script, monkeypatch, out, method, words):
     """The same run twice: at once, and killed at the end of epoch 2; -> both folders."""
     whole = script(method, *words, out=out / "whole")
