@@ -24,9 +24,11 @@ beside its results, with the commit and the versions. One process, one thread. R
     sgd.json        the methods whose authors train with SGD
 """
 import argparse
+import functools
 import math
 import runpy
 import sys
+import time
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +39,8 @@ import data
 from harness import (arguments, calibration, compare, files, fingerprint, metrics, report,
                      runs)
 from paper import settings as paper
+from prepare import locks
+from pretrained import checkpoints
 from results import tables
 
 HERE = fingerprint.PROJECT / "results"
@@ -102,20 +106,23 @@ RATE_OF = {"mmlora r8": "rank 8"}
 OF_A_SHARE = {name: MAIN[name] for name in ("mmlora", "separate", "full_ume", "no_umft", "concat")}
 OF_A_SHARE["mmlora r8"] = ABLATIONS["rank 8"]
 PROBED = ("concat", "ogm_ge", "mmlora")
+PROBE_OF = "python evaluate.py --probe --run, of the runs of"
 LACK = ("mmlora", "separate", "full_ume", "drop_modality")
 GAINS = ("mmlora", "separate", "full_ume", "separate_full")
 
 
 # ---- Training, with the real scripts ----
 
-SCRIPTS = {}                           # file -> its `parser` and `train`
+@functools.cache
+def names_in(script: str) -> dict:
+    """The `parser` and `train` of a script. `main` reads all scripts at the start: a run's
+    fingerprint names the code of then."""
+    return runpy.run_path(str(fingerprint.PROJECT / script))
 
 
 def train(args, row: Row, world: str, seed: int, words=(), out: str = "") -> runs.Run:
     """One run of a row, as its script trains it; or the finished one."""
-    if row.script not in SCRIPTS:
-        SCRIPTS[row.script] = runpy.run_path(str(fingerprint.PROJECT / row.script))
-    script = SCRIPTS[row.script]
+    script = names_in(row.script)
     words = ["--dataset", world, "--seed", str(seed), *row.words, *words_of(world), *words,
              "--device", "cpu"]
     sys.argv = [row.script, *words, "--out", out or args.out, "--data-root", args.data_root]
@@ -150,7 +157,9 @@ def encoders_of(world: str) -> dict[str, str]:
 def wanted(args, world: str, name: str) -> bool:
     if not args.only:
         return True
-    return any(fnmatch(f"{world}:{name}", pattern) for pattern in args.only)
+    matching = [pattern for pattern in args.only if fnmatch(f"{world}:{name}", pattern)]
+    args.unknown -= set(matching)
+    return len(matching) > 0
 
 
 # ---- Learning rates ----
@@ -170,7 +179,11 @@ def search(first: float, score) -> tuple[float, dict]:
     tried = {i: score(SERIES[i]) for i in (middle, middle - 1, middle + 1)}
     while True:
         # A dict keeps its order: the middle is the first, so it wins a tie.
-        best = max((i for i in tried if tried[i] is not None), key=lambda i: tried[i])
+        finite = [i for i in tried if tried[i] is not None]
+        if not finite:
+            rates = ", ".join(f"{SERIES[i]:g}" for i in sorted(tried))
+            raise ValueError(f"training diverged at all rates: {rates}")
+        best = max(finite, key=lambda i: tried[i])
         if best not in (min(tried), max(tried)) or len(tried) == MOST_RATES:
             return SERIES[best], {SERIES[i]: tried[i] for i in sorted(tried)}
         new = best - 1 if best == min(tried) else best + 1
@@ -200,7 +213,8 @@ def rate_of(args, world: str, name: str, row: Row) -> float:
         return validation_of(lambda: [train(args, row, world, seed, words) for seed in TUNED_ON])
 
     rate, tried = search(start_of(row, world), score)
-    store_rate(world, name, command(row, world, TUNED_ON), rate, tried)
+    words = ["--lr", *(f"{lr:g}" for lr in tried), *umft_words(world, row)]
+    store_rate(world, name, command(row, world, TUNED_ON, words), rate, tried)
     return rate
 
 
@@ -220,7 +234,8 @@ def umft_rate(args, world: str) -> float:
 
     default = paper.umft_lr(world, encoders_of(world)["audio"], "audio")
     rate, tried = search(default, score)
-    commands = [command(alone(m), world, TUNED_ON) for m in encoders_of(world)]
+    words = ["--lr", f"{rate:g}"]                        # step 1 takes one
+    commands = [command(alone(m), world, TUNED_ON, words) for m in encoders_of(world)]
     store_rate(world, "umft", " && ".join(commands), rate, tried)
     return rate
 
@@ -252,14 +267,31 @@ def read(study: str) -> dict:
 
 def store(study: str, world: str, name: str, value: dict) -> None:
     """Into the JSON file. What another process wrote meanwhile stays, and so do other seeds of the
-    same row, as long as they had the same learning rate."""
+    same row, as long as their command was the same."""
+    file = HERE / f"{study}.json"
+    lock(file)
     known = read(study)
     before = known.setdefault(world, {}).get(name)
-    if before and "seeds" in value and before.get("lr") == value.get("lr"):
+    if before and "seeds" in value and without_seeds(before) == without_seeds(value):
         value["seeds"] = dict(sorted({**before["seeds"], **value["seeds"]}.items()))
         value["commits"] = sorted({*before["commits"], *value["commits"]})
+        value["command"] = f"{without_seeds(value)} --seeds {' '.join(value['seeds'])}"
     known[world][name] = value
-    files.write_json(HERE / f"{study}.json", known)
+    files.write_json(file, known)
+    locks.unlock(file)
+
+
+def lock(file: Path) -> None:
+    """Wait until no other study writes this file."""
+    while True:
+        try:
+            return locks.lock(file)
+        except ValueError:                                # another one has it, for some milliseconds
+            time.sleep(0.05)
+
+
+def without_seeds(row: dict) -> str:
+    return row["command"].split(" --seeds")[0]
 
 
 def record(label: str, command_line: str, found: dict[int, runs.Run], numbers) -> dict:
@@ -293,13 +325,18 @@ def numbers_of(run: runs.Run) -> dict:
                 best_epoch=run.result["best_epoch"])
 
 
-def train_row(args, study: str, world: str, name: str, row: Row, more=()) -> dict:
-    """Train all seeds of a row, and write them down. -> seed -> run."""
+def train_seeds(args, world: str, name: str, row: Row, more=()) -> tuple[dict, str]:
+    """Train all seeds of a row. -> seed -> run, and the command that does it."""
     words = ["--lr", f"{rate_of(args, world, name, row):g}", *umft_words(world, row), *more]
     found = {seed: train(args, row, world, seed, words) for seed in args.seeds}
-    line = command(row, world, args.seeds, words)
+    return found, command(row, world, args.seeds, words)
+
+
+def train_row(args, study: str, world: str, name: str, row: Row) -> tuple[dict, str]:
+    """`train_seeds`, and write them down."""
+    found, line = train_seeds(args, world, name, row)
     store(study, world, name, record(row.label, line, found, numbers_of))
-    return found
+    return found, line
 
 
 def step_1_of(run: runs.Run) -> dict[str, runs.Run]:
@@ -318,12 +355,12 @@ def rows_of(world: str) -> dict[str, Row]:
 def main_study(args, world: str) -> None:
     for name, row in rows_of(world).items():
         if wanted(args, world, name):
-            found = train_row(args, "main", world, name, row)
+            found, line = train_row(args, "main", world, name, row)
             if name in GAINS:
-                store_gain(args, world, name, row, found)
+                store_gain(args, world, name, row, found, line)
             if name == "mmlora":
                 store_step_1(world, found)
-                store_chosen(args, world, found)
+                store_chosen(args, world, found, line)
 
 
 def store_step_1(world: str, found: dict) -> None:
@@ -335,7 +372,7 @@ def store_step_1(world: str, found: dict) -> None:
         store("main", world, f"unimodal_{m}", record(row.label, line, of_m, numbers_of))
 
 
-def store_chosen(args, world: str, found: dict) -> None:
+def store_chosen(args, world: str, found: dict, line: str) -> None:
     """UME and MMLoRA with averaged probabilities and logits, temperatures, weights: whatever can be
     had from stored logits."""
     # (name, label) -> what harness/calibration.py is asked for
@@ -349,18 +386,18 @@ def store_chosen(args, world: str, found: dict) -> None:
             def numbers(run):
                 return chosen_numbers(args, world, run, base, choice)
             if base + suffix != "mmlora":
-                store("main", world, base + suffix, posthoc(label + more, found, numbers))
+                store("main", world, base + suffix, posthoc(label + more, found, numbers, line))
 
     def of_logits(run):
         return dict(accuracy=percent(run.result["ume"]["test"]["logits"]["accuracy"]))
-    store("main", world, "ume_logits", posthoc("UME, logits averaged", found, of_logits))
+    store("main", world, "ume_logits", posthoc("UME, logits averaged", found, of_logits, line))
 
     def calibrated(run):
         return chosen_numbers(args, world, run, "mmlora", None)
-    store("main", world, "mmlora_T_none", posthoc("MMLoRA, T = 1", found, calibrated))
+    store("main", world, "mmlora_T_none", posthoc("MMLoRA, T = 1", found, calibrated, line))
 
 
-def store_gain(args, world: str, name: str, row: Row, found: dict) -> None:
+def store_gain(args, world: str, name: str, row: Row, found: dict, line: str) -> None:
     """Where a row is better than UME: both, one or none of the models of step 1 right."""
     def numbers(run):
         y, ume = labels_of(args, world, run, "test"), logits_of(run, "ume", "test")
@@ -369,12 +406,12 @@ def store_gain(args, world: str, name: str, row: Row, found: dict) -> None:
         gain = compare.gain_by_experts(right, right_ume, [z.argmax(1) == y for z in ume.values()])
         return {group: [round(share, 4), round(points, 4)]
                 for group, (share, points) in gain.items()}
-    store("main", world, f"{name}_gain", posthoc(row.label, found, numbers, name))
+    store("main", world, f"{name}_gain", posthoc(row.label, found, numbers, line))
 
 
-def posthoc(label: str, found: dict, numbers, trained: str = "mmlora") -> dict:
-    """A row that needs no training of its own; trained: the row whose runs it is made of."""
-    full = record(label, f"from the stored logits of the row {trained}", found, numbers)
+def posthoc(label: str, found: dict, numbers, line: str, how="from the stored logits of") -> dict:
+    """A row that needs no training of its own; line: the command that trained its runs."""
+    full = record(label, f"{how}: {line}", found, numbers)
     return {key: full[key] for key in ("label", "command", "commits", "versions", "seeds")}
 
 
@@ -430,10 +467,7 @@ def share_study(args, world: str) -> None:
                 words += ["--epochs", str(umft)]
             else:
                 words += ["--epochs", str(umft + joint)]
-            words = ["--lr", f"{rate_of(args, world, name, row):g}", *umft_words(world, row),
-                     *words]
-            found = {seed: train(args, row, world, seed, words) for seed in args.seeds}
-            line = command(row, world, args.seeds, words)
+            found, line = train_seeds(args, world, name, row, words)
             store("shares", world, f"{name} {share:g}", record(row.label, line, found, numbers_of))
             if name == "mmlora":
                 def of_ume(run):
@@ -441,9 +475,9 @@ def share_study(args, world: str) -> None:
 
                 def of_temperature(run):
                     return chosen_numbers(args, world, run, "ume", ("one", "accuracy"))
-                store("shares", world, f"ume {share:g}", posthoc("UME", found, of_ume))
+                store("shares", world, f"ume {share:g}", posthoc("UME", found, of_ume, line))
                 store("shares", world, f"ume_T {share:g}",
-                      posthoc("UME, one temperature", found, of_temperature))
+                      posthoc("UME, one temperature", found, of_temperature, line))
 
 
 def laziness_study(args, world: str) -> None:
@@ -451,18 +485,16 @@ def laziness_study(args, world: str) -> None:
     for name in PROBED:
         if wanted(args, world, f"probe {name}"):
             row = MAIN[name]
-            words = ["--lr", f"{rate_of(args, world, name, row):g}", *umft_words(world, row)]
-            found = {seed: train(args, row, world, seed, words) for seed in args.seeds}
-            store_probe(args, world, name, row.label, found)
+            found, line = train_seeds(args, world, name, row)
+            store_probe(args, world, name, row.label, found, line)
             if name == "mmlora":
                 for m in found[args.seeds[0]].settings["unimodal"]:
                     of_m = {seed: step_1_of(run)[m] for seed, run in found.items()}
-                    store_probe(args, world, f"unimodal_{m}", alone(m).label, of_m)
-    for m in paper.encoders_for(world):
-        if wanted(args, world, f"probe pretrained_{m}"):
+                    store_probe(args, world, f"unimodal_{m}", alone(m).label, of_m, line)
+    for m, encoder in paper.encoders_for(world).items():
+        if encoder in checkpoints.PUBLIC and wanted(args, world, f"probe pretrained_{m}"):
             evaluate(args, "--probe", "--dataset", world, "--modality", m, "--out", args.out,
                      "--seeds", *map(str, args.seeds))
-            encoder = paper.encoders_for(world)[m]
             seeds = {}
             for seed in args.seeds:
                 file = Path(args.out, world, f"probe-{m}-{encoder}-s{seed}", "probe.json")
@@ -473,7 +505,7 @@ def laziness_study(args, world: str) -> None:
                         + " ".join(map(str, args.seeds))))
 
 
-def store_probe(args, world: str, name: str, label: str, found: dict) -> None:
+def store_probe(args, world: str, name: str, label: str, found: dict, line: str) -> None:
     """found: seed -> run. Those that have no probe yet get one."""
     new = [str(run.folder) for run in found.values() if not (run.folder / "probe.json").exists()]
     if new:
@@ -482,9 +514,7 @@ def store_probe(args, world: str, name: str, label: str, found: dict) -> None:
     def numbers(run):
         probed = data.read_json(run.folder / "probe.json")
         return {m: percent(probed[m]["test"]["accuracy"]) for m in probed}
-    full = record(label, "python evaluate.py --probe --run RUN ...", found, numbers)
-    kept = ("label", "command", "commits", "versions", "seeds")
-    store("laziness", world, name, {key: full[key] for key in kept})
+    store("laziness", world, name, posthoc(label, found, numbers, line, PROBE_OF))
 
 
 def evaluate(args, *words) -> None:
@@ -498,8 +528,7 @@ def missing_study(args, world: str) -> None:
         if not wanted(args, world, f"missing {name}"):
             continue
         row = MAIN[name]
-        words = ["--lr", f"{rate_of(args, world, name, row):g}", *umft_words(world, row)]
-        found = {seed: train(args, row, world, seed, words) for seed in args.seeds}
+        found, line = train_seeds(args, world, name, row)
         for base in ("ume", name) if name == "mmlora" else (name,):
             for m in paper.encoders_for(world):
                 def numbers(run):
@@ -510,7 +539,7 @@ def missing_study(args, world: str) -> None:
                         out[f"{share:g}"] = percent(calibration.accuracy(p, labels))
                     return out
                 label = "UME" if base == "ume" else row.label
-                store("missing", world, f"{base}, no {m}", posthoc(label, found, numbers, name))
+                store("missing", world, f"{base}, no {m}", posthoc(label, found, numbers, line))
 
 
 # ---- The command line ----
@@ -522,7 +551,7 @@ def main() -> None:
                    metavar="WORLD", help=f"default: {' '.join(WORLDS)}; {CLIPS}: only main")
     p.add_argument("--studies", nargs="+", choices=STUDIES, default=STUDIES, metavar="STUDY",
                    help=f"default: {' '.join(STUDIES)}")
-    p.add_argument("--seeds", nargs="+", type=int, metavar="SEED",
+    p.add_argument("--seeds", nargs="+", type=arguments.seed_number, metavar="SEED",
                    help=f"default: 30 to 39; {CLIPS}: 30 to 32")
     p.add_argument("--only", nargs="+", metavar="WORLD:ROW", help="a part; * stands for anything")
     p.add_argument("--tune", action="store_true", help="stop after the learning rates")
@@ -531,8 +560,12 @@ def main() -> None:
     p.add_argument("--data-root", default="data", metavar="FOLDER",
                    help="of the prepared data; default: data")
     args = p.parse_args()
+    args.unknown = set(args.only or [])                   # patterns that no row has matched yet
     torch.set_num_threads(1)
-    seeds = args.seeds
+    seeds = arguments.each_once("seed", args.seeds or [])
+    for row in (alone("audio"), *MAIN.values()):
+        names_in(row.script)
+    runs.commit()                                         # of now, not of when the first run ends
     for world in args.worlds:
         args.seeds = seeds or (FRESH_OF_CLIPS if world == CLIPS else FRESH)
         umft_rate(args, world)
@@ -546,6 +579,9 @@ def main() -> None:
                   laziness=laziness_study, missing=missing_study, sgd=sgd_study)
         for study in ("main",) if world == CLIPS else args.studies:
             do[study](args, world)
+    if args.unknown:
+        raise ValueError(f"--only {' '.join(sorted(args.unknown))}: no row of these worlds and"
+                         " studies is called so")
     if not args.tune:
         tables.fill()
 

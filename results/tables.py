@@ -22,7 +22,7 @@ from harness.arguments import guard
 from harness.report import mean_std
 
 HERE = Path(__file__).resolve().parent
-FILES = ("README.md", "docs/toy.md", "docs/runs.md")
+FILES = ("README.md", "docs/toy.md", "docs/clips.md")
 BLOCK = re.compile(r"(<!-- results: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 WORLDS = ("toy", "toy_mismatched", "toy_mimics")
 CLIPS = "grid_av"                      # real clips, for those who have them: docs/clips.md
@@ -51,6 +51,13 @@ def read(study: str, world: str) -> dict:
         raise ValueError(f"{file} has nothing of {world}: python -m results.study --worlds {world}"
                          f" --studies {study}")
     return known
+
+
+def row_of(rows: dict, name: str) -> dict:
+    """Raises ValueError where the row is not measured yet."""
+    if name not in rows:
+        raise ValueError(f"the row {name} is not measured: python -m results.study")
+    return rows[name]
 
 
 def accuracies(row: dict) -> dict[str, float]:
@@ -102,9 +109,9 @@ def main_table() -> str:
     for world in WORLDS:
         head += [f"`{world}`", "- UME"]
     for name in SHORT:
-        line = [studies[WORLDS[0]][name]["label"]]
+        line = [row_of(studies[WORLDS[0]], name)["label"]]
         for study in studies.values():
-            line += both_cells(study.get(name), study["ume"])
+            line += both_cells(study.get(name), row_of(study, "ume"))
         lines.append(line)
     return markdown(head, lines)
 
@@ -115,7 +122,7 @@ def methods(world: str) -> str:
         if name not in rows:
             continue
         row = rows[name]
-        found = paired(row, rows["ume"])
+        found = paired(row, row_of(rows, "ume"))
         lr = f"{row['lr']:g}" if "lr" in row else ""
         trained = f"{row['trained']:,}" if "trained" in row else ""
         lines.append([row["label"], mean_cell(accuracies(row).values()), difference_cell(found),
@@ -134,8 +141,10 @@ def differences(world: str) -> str:
              ("mla", "concat"), ("mla", "ume"), ("g_blending", "g_blending_fixed")]
     rows, lines = read("main", world), []
     for a, b in pairs:
+        found = None
         if a in rows and b in rows:
             found = paired(rows[a], rows[b])
+        if found:
             t = "" if found["t"] is None else f"{found['t']:.1f}"
             label = f"{rows[a]['label']} - {rows[b]['label']}".replace("**", "")
             lines.append([label, difference_cell(found), t, p_cell(found), str(found["n"])])
@@ -157,17 +166,20 @@ def calibration(world: str) -> str:
 def gains(world: str) -> str:
     """In points of all samples, by how many models of step 1 are right; they add up to - UME."""
     rows, lines = read("main", world), []
+    of_mmlora = row_of(rows, "mmlora_gain")["seeds"].values()
     for name in ("separate_gain", "mmlora_gain", "separate_full_gain", "full_ume_gain"):
         if name not in rows:
             continue
-        seeds = list(rows[name]["seeds"].values())
+        seeds = rows[name]["seeds"].values()
         cells = []
         for group in ("all", "some", "none"):
             found = compare.paired([seed[group][1] for seed in seeds])
             cells.append(difference_cell(found))
         lines.append([rows[name]["label"], *cells])
-    shares = [mean_std([seed[group][0] for seed in seeds])[0] for group in ("all", "some", "none")]
-    lines.insert(0, ["share of the samples, %", *(f"{share:.1f}" for share in shares)])
+    shares = []
+    for group in ("all", "some", "none"):
+        shares.append(f"{mean_std([seed[group][0] for seed in of_mmlora])[0]:.1f}")
+    lines.insert(0, ["share of the samples, %", *shares])
     return markdown(["models of step 1 that are right", "both", "one", "none"], lines)
 
 
@@ -184,7 +196,7 @@ def medians(of_seeds: list[dict]) -> str:
 def ablations(world: str) -> str:
     main, rows = read("main", world), read("ablations", world)
     lines = []
-    for label, row in [("UME", main["ume"]), ("rank 1, both", main["mmlora"]),
+    for label, row in [("UME", row_of(main, "ume")), ("rank 1, both", row_of(main, "mmlora")),
                        *((rows[name]["label"], rows[name]) for name in RANKS if name in rows)]:
         to_ume, to_both = paired(row, main["ume"]), None
         if row is not main["ume"]:
@@ -199,9 +211,9 @@ def sgd(world: str) -> str:
     """Differences to the multi-modal baseline with the same optimiser."""
     main, rows, lines = read("main", world), read("sgd", world), []
     for name in rows:
-        adamw = main[name.removesuffix("_sgd")]
+        adamw, baseline = row_of(main, name.removesuffix("_sgd")), row_of(main, "concat")
         line = [adamw["label"]]
-        for row, base in ((adamw, main["concat"]), (rows[name], rows["concat_sgd"])):
+        for row, base in ((adamw, baseline), (rows[name], row_of(rows, "concat_sgd"))):
             line += [mean_cell(accuracies(row).values()), difference_cell(paired(row, base))]
         lines.append([*line, f"{rows[name]['lr']:g}"])
     return markdown(["", "AdamW", "- baseline", "SGD", "- baseline", "rate"], lines)
@@ -209,18 +221,19 @@ def sgd(world: str) -> str:
 
 def shares(world: str) -> str:
     main, rows = read("main", world), read("shares", world)
-    full = {"mmlora r8": read("ablations", world).get("rank 8"), **main}
+    full = {"mmlora r8": row_of(read("ablations", world), "rank 8"), **main}
     there = sorted({name.split()[-1] for name in rows}, key=float)
     head, lines = [""], []
     for share in [*there, "1"]:
         head += [f"{100 * float(share):g} %", "- UME"]
     for name in ("ume", "ume_T", "concat", "no_umft", "separate", "mmlora", "mmlora r8",
                  "full_ume"):
-        line = [f"MMLoRA, {full[name]['label']}" if " r8" in name else full[name]["label"]]
+        label = row_of(full, name)["label"]
+        line = [f"MMLoRA, {label}" if " r8" in name else label]
         for share in there:
             row = rows.get(f"{name} {share}")
-            line += both_cells(row, rows[f"ume {share}"])
-        lines.append(line + both_cells(full[name], main["ume"]))
+            line += both_cells(row, row_of(rows, f"ume {share}"))
+        lines.append(line + both_cells(full[name], row_of(main, "ume")))
     return markdown(head, lines)
 
 

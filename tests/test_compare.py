@@ -4,6 +4,8 @@ hand, and tables of statistics. Then `evaluate.py` with them, and the tables of 
 import json
 import math
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -287,8 +289,8 @@ def test_the_default_rates_are_those_that_were_chosen(world):
                                        joint=chosen["concat"])
 
 
-def a_row(label, values, **more):
-    return dict(label=label, command="", commits=["c"], versions={}, **more,
+def a_row(label, values, command="", **more):
+    return dict(label=label, command=command, commits=["c"], versions={}, **more,
                 seeds={str(s): dict(accuracy=v) for s, v in values.items()})
 
 
@@ -317,13 +319,53 @@ def test_a_table_is_made_of_the_json_files(measured):
         tables.filled(text.replace("methods toy", "methods toy_mimics"))
 
 
+@pytest.mark.parametrize("name", ["methods", "gains", "ablations", "sgd", "shares"])
+def test_a_table_says_what_is_not_measured(measured, name):
+    rows = {"concat": a_row("baseline", {30: 80}), "full_ume_gain": a_row("", {}),
+            "pmr_sgd": a_row("PMR", {30: 80}), "mmlora 0.3": a_row("30 %", {30: 80})}
+    for file in ("main", "ablations", "sgd", "shares"):
+        (measured / f"{file}.json").write_text(json.dumps({"toy": rows}))
+    with pytest.raises(ValueError, match="is not measured: python -m results.study"):
+        tables.table(f"{name} toy")
+    rows = {"mmlora": a_row("MMLoRA", {30: 80}), "ume": a_row("UME", {31: 80})}
+    (measured / "main.json").write_text(json.dumps({"toy": rows}))
+    assert tables.differences("toy").count("\n") == 2     # no pair has a seed in common
+
+
 def test_a_row_keeps_its_other_seeds(measured):
-    study.store("main", "toy", "mmlora", a_row("MMLoRA", {33: 90}, lr=0.01))
-    row = study.read("main")["toy"]["mmlora"]
-    assert list(row["seeds"]) == ["30", "31", "32", "33"]
-    study.store("main", "toy", "mmlora", a_row("MMLoRA", {33: 90}, lr=0.03))   # another rate
-    assert list(study.read("main")["toy"]["mmlora"]["seeds"]) == ["33"]
+    def stored(seeds, command):
+        study.store("main", "toy", "mmlora_T", a_row("MMLoRA", seeds, command))
+        row = study.read("main")["toy"]["mmlora_T"]
+        return list(row["seeds"]), row["command"]
+    assert stored({33: 90}, "a --lr 1 --seeds 33") == (["33"], "a --lr 1 --seeds 33")
+    assert stored({31: 90}, "a --lr 1 --seeds 31") == (["31", "33"], "a --lr 1 --seeds 31 33")
+    assert stored({32: 90}, "a --lr 3 --seeds 32") == (["32"], "a --lr 3 --seeds 32")
     assert "ume" in study.read("main")["toy"]
+
+
+def test_two_studies_lose_no_row_of_each_other(measured):
+    row = dict(command="", seeds={}, commits=[])
+    code = ("from pathlib import Path; from results import study;"
+            f" study.HERE = Path({str(measured)!r}); print(flush=True);"
+            f" [study.store('main', 'toy', f'b{{i}}', {row}) for i in range(60)]")
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    other.stdout.readline()                               # it is there
+    for i in range(60):
+        study.store("main", "toy", f"a{i}", dict(row))
+    assert other.wait() == 0
+    other.stdout.close()
+    rows = study.read("main")["toy"].keys()
+    assert rows >= {f"{name}{i}" for name in "ab" for i in range(60)}
+    assert not list(measured.glob(".*"))
+
+
+@pytest.mark.parametrize("words, told", [
+    ("--only toy:mlora", "--only toy:mlora: no row"), ("--seeds 30 31 30", "each seed once")])
+def test_wrong_words_of_the_study(measured, monkeypatch, words, told):
+    (measured / "rates.json").write_text(json.dumps({"toy": {"umft": dict(rate=0.001)}}))
+    monkeypatch.setattr("sys.argv", ["study", "--worlds", "toy", *words.split()])
+    with pytest.raises(ValueError, match=told):
+        study.main()
 
 
 @pytest.mark.parametrize("peak, tried", [
@@ -339,6 +381,8 @@ def test_ties_and_divergence_in_the_search():
     assert rate == 0.01 and len(scores) == 3
     rate, _ = study.search(0.01, lambda rate: None if rate > 0.02 else [rate])
     assert rate == 0.01
+    with pytest.raises(ValueError, match="diverged at all rates: 0.003, 0.01, 0.03"):
+        study.search(0.01, lambda rate: None)
 
 
 def test_the_study_trains_with_the_real_scripts(base, copied, root, measured, monkeypatch):
