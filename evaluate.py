@@ -47,7 +47,12 @@ def score_rows(args, folder: Path, where: Path, info: dict, settings: dict, mode
 
     logits = {}
     if "unimodal" in settings:                            # what the run started from
-        logits["UME"] = stored.logits_of_step_1(folder, settings, "test", len(test))
+        try:
+            fingerprint.check_stored_logits(folder, where)
+        except ValueError as error:
+            print(f"UME is left out: {error}")
+        else:
+            logits["UME"] = stored.logits_of_step_1(folder, settings, "test", len(test))
     logits["together"] = predict(models, test, args.device, settings)
 
     rows = []
@@ -71,17 +76,12 @@ def score_rows(args, folder: Path, where: Path, info: dict, settings: dict, mode
 # ---- The page ----
 
 def show_page(args, folder: Path) -> None:
-    """page.html in the folder of a run. Its samples stand beside the stored logits, so the data
-    must be those of the run."""
+    """page.html in the folder of a run: its stored logits, and the samples they are of."""
     stored.check_finished(folder)
-    config = stored.read_config(folder)
+    settings = stored.read_config(folder)["settings"]
     fingerprint.say_changes(folder)
-    where = arguments.find(args.data_root, config["settings"]["dataset"],
-                           config["settings"]["seed"])
-    learnt_from = (config.get("fingerprint") or {}).get("data")
-    if learnt_from not in (None, fingerprint.of_data(where)):
-        raise ValueError(f"{where} is not what {folder} has learnt from: --page would show other"
-                         " samples beside its predictions; train it anew with --again")
+    where = arguments.find(args.data_root, settings["dataset"], settings["seed"])
+    fingerprint.check_stored_logits(folder, where)
     print(f"wrote {page.write(folder, where, args.tokenizer)}")
 
 
@@ -205,12 +205,22 @@ def main() -> None:
         report.import_pyplot()
     arguments.check_device(args.device)
     arguments.each_once("run", [folder.resolve() for folder in args.run or []])
+    if args.modality and not args.probe:
+        raise ValueError("--modality is for --probe")
+    if args.run and (args.seeds or args.dataset or args.encoder or args.pretrained):
+        raise ValueError("--run says its own data, encoders and seed: not with --dataset, --encoder,"
+                         " --pretrained or --seeds")
     if args.run and (args.clip or args.text is not None):
+        if args.temperature or args.fusion == "weighted" or args.plot or args.missing:
+            raise ValueError("--clip and --text: not with --temperature, --fusion weighted,"
+                             " --missing or --plot")
         for folder in args.run:
             clip.show(folder, args)
         return
     if args.compare:
-        if args.run or args.drop or args.probe or args.temperature or args.fusion:
+        alone = (args.run, args.drop, args.missing, args.probe, args.temperature, args.fusion,
+                 args.page, args.plot, args.export, args.clip, args.text)
+        if any(alone):
             raise ValueError("--compare stands alone, with --seeds at most")
         return from_logits.show_comparison(args)
     if args.page:
@@ -220,9 +230,9 @@ def main() -> None:
             show_page(args, folder)
         return
     if args.run and (args.temperature or args.fusion == "weighted"):
-        if args.drop or args.probe or args.export:
+        if args.drop or args.missing or args.probe or args.export or args.plot:
             raise ValueError("--temperature and --fusion weighted read stored logits: not with"
-                             " --drop, --missing, --probe or --export")
+                             " --drop, --missing, --probe, --export or --plot")
         return from_logits.show_calibration(args)
     if args.export and len(args.run or ()) != 1:
         raise ValueError("--export takes one --run")

@@ -193,7 +193,8 @@ def changed(folder: Path) -> list[str]:
 
     For programs that only show runs. The data are compared where they are still in their place.
     """
-    before = read_json(folder / "config.json").get("fingerprint")
+    config = read_json(folder / "config.json")
+    before = config.get("fingerprint")
     if before is None:
         return differences(None, {})
     code = {name: hash_of_code(PROJECT / name) for name in before["code"]}
@@ -207,7 +208,38 @@ def changed(folder: Path) -> list[str]:
     for name, old in generator.items():                   # a toy that would be made anew
         if old != hash_of_code(PROJECT / name) and name not in changes:
             changes.append(name)
+    if has_other_models(folder, config["settings"]):
+        changes.append("its uni-modal models")
     return changes
+
+
+def has_other_models(folder: Path, settings: dict) -> bool:
+    """Whether step 1 has been trained anew since a joint run started from it."""
+    for base in (settings.get("unimodal") or {}).values():
+        model = folder.parent / base["run"] / "model.safetensors"
+        if model.exists() and "sha256" in base:
+            if sha256_at(model, model.stat().st_mtime_ns) != base["sha256"]:
+                return True
+    return False
+
+
+@functools.cache
+def sha256_at(file: Path, time_ns: int) -> str:
+    """Of a model that many runs started from: read once, as long as nobody writes it."""
+    return sha256(file)
+
+
+def check_stored_logits(folder: Path, where: Path) -> None:
+    """Raises ValueError where the logits that a run has stored are not of the prepared data in
+    `where`, or the models of step 1 are not those that it started from."""
+    config = read_json(folder / "config.json")
+    learnt_from = (config.get("fingerprint") or {}).get("data")
+    if learnt_from not in (None, of_data(where)):
+        raise ValueError(f"{where} is not what {folder} has learnt from: its stored logits are of"
+                         " other samples; train it anew with --again")
+    if has_other_models(folder, config["settings"]):
+        raise ValueError(f"the uni-modal models of {folder} have been trained anew since; run the"
+                         " command that made it again")
 
 
 def sentence(changes: list[str]) -> str:

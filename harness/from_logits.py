@@ -12,7 +12,8 @@ from harness import arguments, calibration, compare, fingerprint, metrics, repor
 def open_data_of(args, folder: Path) -> tuple:
     """-> folder of the prepared data of a finished run, its dataset.json, the run's settings.
 
-    Raises ValueError for data with several labels a sample.
+    Raises ValueError for data with several labels a sample, and where the stored logits are not of
+    these data.
     """
     stored.check_finished(folder)
     fingerprint.say_changes(folder)
@@ -20,6 +21,7 @@ def open_data_of(args, folder: Path) -> tuple:
     where = arguments.find(args.data_root, settings["dataset"], settings["seed"])
     info = data.check(where)
     calibration.only_one_label(info)
+    fingerprint.check_stored_logits(folder, where)
     return where, info, settings
 
 
@@ -92,7 +94,8 @@ def show_comparison(args) -> None:
     if ume:
         folder_b = folder_a
     opened, differences, gains = [], [], []
-    for seed in args.seeds or [None]:                     # what has changed is said above the table
+    seeds = arguments.each_once("seed", args.seeds or [None])
+    for seed in seeds:                                    # what has changed is said above the table
         a, b = with_seed(folder_a, seed), with_seed(folder_b, seed)
         where, _, settings = open_data_of(args, a)
         if not ume:

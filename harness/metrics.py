@@ -50,6 +50,8 @@ def fuse(logits: dict[str, torch.Tensor], rule: str = "prob", multilabel: bool =
     entropy   probabilities weighted by softmax over modalities of minus their entropy, sample by
               sample: a sure modality counts more (test-time fusion of MLA, Zhang et al. 2024)
     """
+    if rule not in FUSIONS:
+        raise ValueError(f"no fusion is called {rule}; there are {', '.join(FUSIONS)}")
     if rule == "logits":
         logits = average_logits(logits)
     if multilabel:
@@ -164,7 +166,8 @@ def rates(p: torch.Tensor, labels: torch.Tensor, info: dict, groups: dict | None
 
 def scores(logits: dict[str, torch.Tensor], labels: torch.Tensor, info: dict, rule="prob",
            groups: dict | None = None) -> dict:
-    """All numbers of one prediction: its `rates`, and `loss`, -log of the fused probability."""
+    """All numbers of one prediction: its `rates`, and `loss`, -log of the averaged probability;
+    with the rule "logits" of the probability of the averaged logits."""
     p = fuse(logits, rule, info["multilabel"])
     if rule == "logits":
         logits = average_logits(logits)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from harness import calibration, compare
 from paper import settings as paper
@@ -241,12 +242,33 @@ def test_compare_over_seeds(copied, root):
     ("--compare {run} {other}", "no finished run"),
     ("--compare {run} ume --seeds 7", "no finished run"),
     ("--compare {run} ume --drop audio", "stands alone"),
+    ("--compare {run} ume --seeds 0 0", "each seed once"),
     ("--run {run} --temperature --drop audio", "stored logits"),
     ("--compare {alone} ume", "has no step 1")])
 def test_wrong_input(base, root, words, told):
     where = dict(run=base.run, other=base.run.with_name("none-s0"),
                  alone=base.run.with_name("unimodal-audio-s0"))
     assert told in error("evaluate.py", *words.format(**where).split(), "--data-root", root)
+
+
+@pytest.mark.parametrize("words", ["--run {} --temperature", "--compare {} ume", "--run {} --page"])
+def test_stored_logits_do_not_stand_beside_other_samples_or_models(copied, root, words):
+    run, step_1 = copied / MMLORA, copied / "toy/unimodal-audio-s0/model.safetensors"
+    words = (*words.format(run).split(), "--data-root", root)
+    before = step_1.read_bytes()
+    tensors = load_file(step_1)
+    tensors["audio.head.bias"] += 1
+    save_file(tensors, step_1)                            # step 1 was trained anew
+    assert f"the uni-modal models of {run} have been trained anew" in error("evaluate.py", *words)
+    step_1.write_bytes(before)
+    call("evaluate.py", *words)
+    config = json.loads((run / "config.json").read_text())
+    config["fingerprint"]["data"] = "other"
+    (run / "config.json").write_text(json.dumps(config))
+    assert f"is not what {run} has learnt from" in error("evaluate.py", *words)
+    if "--page" in words:
+        printed = call("evaluate.py", "--run", run, "--data-root", root)
+        assert "UME is left out" in printed and "audio alone (UMFT)" not in printed
 
 
 # ---------------------------------------------------------------------------- results/

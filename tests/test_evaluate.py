@@ -418,7 +418,13 @@ def test_export_of_a_flow_network(tmp_path, capsys):
 
 # ---------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize("words, message", [
-    ("", "give one of"), ("--run x --probe --dataset toy --modality audio", "give one of"),
+    ("", "give one of"),
+    ("--run x --probe --dataset toy --modality audio", "--run says its own data"),
+    (f"--run {JOINT} --seeds 0 1", "--run says its own data"),
+    (f"--run {JOINT} --modality audio", "--modality is for --probe"),
+    (f"--run {JOINT} --clip a.wav --fusion weighted", "--clip and --text: not with"),
+    (f"--run {JOINT} --temperature --plot", "--temperature and --fusion weighted read"),
+    (f"--compare {JOINT} ume --plot", "--compare stands alone"),
     ("--probe --dataset toy", "--modality NAME"),
     ("--run nowhere", "nowhere holds no finished run"),
     ("--export out", "--export takes one --run"),
