@@ -98,8 +98,10 @@ def probe_rows(args, folder: Path, where: Path, info: dict, settings: dict, mode
             found[m] = linear.probe(models[m], m, where, info, args.device, settings)
     file = folder / "probe.json"
     before = {}
-    if file.exists() and not fingerprint.changed(folder):     # not beside probes of other code
+    if file.exists() and not fingerprint.changed(folder):
         before = stored.read_probe(folder)
+        if not linear.is_of_this_code(before):
+            before = {}                                   # not beside probes of other code
     files.write_json(file, {**before, **found})
     print(f"\n{folder}: linear evaluation of the frozen encoders. Validation chose L2", end="")
     for m, result in found.items():
@@ -261,7 +263,7 @@ def show_tables(args, opened) -> None:
     for folder, where, info, settings, models in opened:
         rows = rows_of(args, folder, where, info, settings, models)
         report.print_table(rows, where, info)
-        same.setdefault(stored.but_seed(settings), []).append((folder, rows, where, info))
+        same.setdefault(stored.experiment_of(folder, settings), []).append((folder, rows, where, info))
     for group in same.values():
         folders, tables, wheres, infos = zip(*group)
         if args.plot:

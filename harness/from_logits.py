@@ -60,7 +60,7 @@ def show_calibration(args) -> None:
         rows = calibration_rows(args, folder)
         print_calibration(str(folder), [rows])
         settings = stored.read_config(folder)["settings"]
-        same.setdefault(stored.but_seed(settings), []).append((folder.name, rows))
+        same.setdefault(stored.experiment_of(folder, settings), []).append((folder.name, rows))
     for group in same.values():
         if len(group) > 1:
             names, tables = zip(*group)

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from harness import metrics
+from harness import fingerprint, metrics
 
+CODE = fingerprint.hash_of_code(Path(__file__).resolve())       # probe.json keeps it
 STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4)      # ours: the paper trains "a linear layer" (Sec. 3.1)
 
 
@@ -86,4 +87,9 @@ def probe(model, modality: str, where: Path, info: dict, device: str, settings: 
     l2, layer, val = max(tried, key=lambda t: (t[2][metrics.metric(info)], -t[2]["loss"]))
     trained = sum(p.numel() for p in layer.parameters())
     return dict(l2=l2, val=val, test=score(layer, "test"), trained_parameters=trained,
-                seconds=time.perf_counter() - began)
+                seconds=time.perf_counter() - began, code=CODE)
+
+
+def is_of_this_code(probes: dict) -> bool:
+    """Whether all of probe.json, modality -> what `probe` found, was found by this file."""
+    return all(found.get("code") == CODE for found in probes.values())

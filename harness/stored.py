@@ -102,9 +102,13 @@ def encoders_of(settings: dict) -> dict[str, str]:
     return settings.get("encoders") or {settings["modality"]: settings["encoder"]}
 
 
-def but_seed(settings: dict) -> str:
-    """What runs of one experiment share."""
+def experiment_of(folder: Path, settings: dict) -> str:
+    """What runs of one experiment share: all settings but the seed, also those of step 1."""
     kept = {k: v for k, v in settings.items() if k not in ("seed", "unimodal")}
+    for m, base in settings.get("unimodal", {}).items():
+        step_1 = folder.parent / base["run"]
+        if (step_1 / "config.json").exists():
+            kept[m] = experiment_of(step_1, read_config(step_1)["settings"])
     return json.dumps(kept, sort_keys=True)
 
 

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from harness import compare, files, fingerprint, report, stored
+from harness import compare, files, fingerprint, linear, report, stored
 from harness.arguments import Help, each_once, guard, nearest_first, seed_number
 from harness.report import mean_std
 from paper.results import RANDOM_WEIGHTS, TABLES, Cell, cells, command, trained_before
@@ -66,6 +66,7 @@ class Run(NamedTuple):
     settings: dict
     encoders: dict          # modality -> encoder
     starts: dict            # modality -> what its encoder started from
+    experiment: str         # all settings, also of step 1, but seed and learning rate
     result: dict            # result.json
     probe: dict             # probe.json
     changes: list           # what has changed since: files of code, the data
@@ -75,12 +76,16 @@ def read_run(folder: Path) -> Run:
     settings = stored.read_config(folder)["settings"]
     encoders = stored.encoders_of(settings)
     starts = {m: stored.started_from(folder, settings, m) for m in encoders}
+    experiment = stored.experiment_of(folder, {**settings, "lr": None})
     result, probe = {}, {}
     if (folder / "result.json").exists():
         result = stored.read_result(folder, settings)
     if (folder / "probe.json").exists():
         probe = stored.read_probe(folder)
-    return Run(folder, settings, encoders, starts, result, probe, fingerprint.changed(folder))
+    changes = fingerprint.changed(folder)
+    if not linear.is_of_this_code(probe):
+        changes.append("harness/linear.py")
+    return Run(folder, settings, encoders, starts, experiment, result, probe, changes)
 
 
 def read_runs(args) -> tuple[list[Run], list[str]]:
@@ -109,15 +114,17 @@ def scratch(args) -> str:
 
 
 def fits(cell: Cell, run: Run) -> bool:
-    """Whether a run did what a cell asks, with whatever learning rate, epochs and seed."""
+    """Whether a run did what a cell asks, with whatever learning rate, epochs, batch and seed."""
     asked, method = cell.of or cell.method, run.settings["method"]
     if asked == "ume":
         # These hold the ensemble that they started from.
-        if method not in ("mmlora", "full", "separate", "logits"):
+        if "ume" not in run.result:
             return False
     elif method != asked:
         return False
-    if run.settings.get("share"):               # trained on a part of the training set
+    if asked != "ume" and has_options(run):
+        return False
+    if "share" in run.settings:                 # trained on a part of the training set
         return False
     if run.folder.parent.name != cell.dataset or run.encoders != cell.encoders:
         return False
@@ -130,6 +137,12 @@ def fits(cell: Cell, run: Run) -> bool:
         lora, rank = run.settings.get("lora", ()), run.settings.get("rank")
         return (set(lora), rank) == (set(cell.lora), cell.rank)
     return True
+
+
+def has_options(run: Run) -> bool:
+    """Whether something of the method was not the default: the folder is named after it."""
+    options = [name.replace("_", "-") for name in (*run.settings.get("options", {}), "drop_path")]
+    return any(f"-{option}" in run.folder.name for option in options)
 
 
 def runs_for(cell: Cell, runs: list[Run]) -> list[Run]:
@@ -149,7 +162,7 @@ def runs_for(cell: Cell, runs: list[Run]) -> list[Run]:
 
     experiments = {}                            # settings -> learning rate -> runs, one a seed
     for run in fitting:
-        rates = experiments.setdefault(stored.but_seed({**run.settings, "lr": None}), {})
+        rates = experiments.setdefault(run.experiment, {})
         rates.setdefault(run.settings.get("lr"), []).append(run)
     best = []
     for rates in experiments.values():

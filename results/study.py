@@ -36,8 +36,8 @@ from typing import NamedTuple
 import torch
 
 import data
-from harness import (arguments, calibration, compare, files, fingerprint, metrics, report,
-                     runs)
+from harness import (arguments, calibration, compare, files, fingerprint, linear, metrics,
+                     report, runs)
 from paper import settings as paper
 from prepare import locks
 from pretrained import checkpoints
@@ -506,8 +506,12 @@ def laziness_study(args, world: str) -> None:
 
 
 def store_probe(args, world: str, name: str, label: str, found: dict, line: str) -> None:
-    """found: seed -> run. Those that have no probe yet get one."""
-    new = [str(run.folder) for run in found.values() if not (run.folder / "probe.json").exists()]
+    """found: seed -> run. Those that have no probe yet, or one of other code, get one."""
+    new = []
+    for run in found.values():
+        file = run.folder / "probe.json"
+        if not file.exists() or not linear.is_of_this_code(data.read_json(file)):
+            new.append(str(run.folder))
     if new:
         evaluate(args, "--probe", "--run", *new)
 

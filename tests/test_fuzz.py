@@ -566,7 +566,7 @@ def test_config_json(fuzz, run):
         from_logits.open_data_of(args, run.folder)
         from_logits.check_same_samples(run.folder, run.folder)
         stored.read_result(run.folder, settings)
-        stored.but_seed(settings)
+        stored.experiment_of(run.folder, settings)
         info = stored.read_config(run.folder).get("data")
         if info:
             assert info["classes"] == settings.get("classes", info["classes"])

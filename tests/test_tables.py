@@ -3,6 +3,7 @@
 What fills a cell is tested with folders made by hand; the commands are run on small toys.
 """
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -39,7 +40,7 @@ def write(out, dataset, name, result=None, probe=None, code=None, **settings):
     if result is not None:
         (folder / "result.json").write_text(json.dumps(whole(result)))
     if probe is not None:
-        scores = {m: dict(test=dict(accuracy=v)) for m, v in probe.items()}
+        scores = {m: dict(test=dict(accuracy=v), code=linear.CODE) for m, v in probe.items()}
         (folder / "probe.json").write_text(json.dumps(scores))
     return folder
 
@@ -202,6 +203,50 @@ def test_of_several_learning_rates_the_best_on_validation(tmp_path):
             write(tmp_path, "ave", f"ogm_ge-conv-only-lr{lr}-s{seed}", better, **settings,
                   options=dict(conv_only=True))         # another method, by its options
     assert filled(5, tmp_path) == {("OGM-GE*, ViT-B/ViT-B", "AVE"): {0: (60.0,), 1: (60.0,)}}
+
+
+def test_a_run_with_an_option_is_another_method_however_many_seeds_it_has(tmp_path):
+    settings = dict(method="ogm_ge", encoders=VIT, pretrained=VIT, fusion="joint")
+    for name, accuracy, no_ge in (("ogm_ge-s0", 0.5, False), ("ogm_ge-no-ge-s0", 0.9, True),
+                                  ("ogm_ge-no-ge-s1", 0.9, True)):
+        write(tmp_path, "ave", name, dict(test={"joint": dict(accuracy=accuracy)}),
+              options=dict(no_ge=no_ge), **settings)
+    assert filled(5, tmp_path) == {("OGM-GE*, ViT-B/ViT-B", "AVE"): {0: (50.0,)}}
+    full = joint(tmp_path, "ave", "full-drop-path0-s0", 0.9, method="full", drop_path=0)
+    assert full.exists() and len(filled(5, tmp_path)) == 1
+
+
+def test_seeds_whose_step_1_had_other_settings_are_not_averaged(tmp_path):
+    for seed, lr in ((0, 1e-3), (1, 1e-3), (2, 3e-3)):
+        for m, encoder in VIT.items():
+            unimodal(tmp_path, "ave", m, seed, 0.8, encoder, lr=lr)
+        joint(tmp_path, "ave", f"mmlora-all-r1-s{seed}", 0.9)
+    assert filled(10, tmp_path)["AVE", "1"] == {0: (90.0,), 1: (90.0,)}
+
+
+def test_ume_is_that_of_the_models_of_now(tmp_path):
+    """The run of an older step 1 comes first by its name."""
+    for m, encoder in VIT.items():
+        unimodal(tmp_path, "ave", m, 0, 0.8, encoder)
+        (tmp_path / f"ave/unimodal-{m}-s0/model.safetensors").write_bytes(b"new")
+    for name, ume, model in (("full-s0", 0.5, b"old"), ("mmlora-all-r1-s0", 0.9, b"new")):
+        folder = joint(tmp_path, "ave", name, 0.9, ume=ume, method=name[:-3].split("-")[0])
+        config = json.loads((folder / "config.json").read_text())
+        for base in config["settings"]["unimodal"].values():
+            base["sha256"] = hashlib.sha256(model).hexdigest()
+        (folder / "config.json").write_text(json.dumps(config))
+    assert filled(10, tmp_path)["AVE", "UME"] == {0: (90.0,)}
+    assert "its uni-modal models" in fingerprint.changed(tmp_path / "ave/full-s0")
+
+
+def test_a_linear_evaluation_of_other_code_says_so(tmp_path):
+    folder = write(tmp_path, "ave", "probe-visual-s0", probe=dict(visual=0.8), method="pretrained",
+                   modality="visual", encoder="vit_b16", pretrained="vit_b16")
+    assert tables.read_run(folder).changes == []
+    probe = json.loads((folder / "probe.json").read_text())
+    probe["visual"]["code"] = "other"
+    (folder / "probe.json").write_text(json.dumps(probe))
+    assert tables.read_run(folder).changes == ["harness/linear.py"]
 
 
 # ---------------------------------------------------------------------------- in a terminal
