@@ -210,8 +210,8 @@ def main() -> None:
     if args.modality and not args.probe:
         raise ValueError("--modality is for --probe")
     if args.run and (args.seeds or args.dataset or args.encoder or args.pretrained):
-        raise ValueError("--run says its own data, encoders and seed: not with --dataset, --encoder,"
-                         " --pretrained or --seeds")
+        raise ValueError("--run says its own data, encoders and seed: not with --dataset,"
+                         " --encoder, --pretrained or --seeds")
     if args.run and (args.clip or args.text is not None):
         if args.temperature or args.fusion == "weighted" or args.plot or args.missing:
             raise ValueError("--clip and --text: not with --temperature, --fusion weighted,"
@@ -259,11 +259,12 @@ def main() -> None:
 def show_tables(args, opened) -> None:
     """One table a run; of runs that differ in the seed alone also the table of their means."""
     rows_of = probe_rows if args.probe else score_rows
-    same = {}                                             # settings but the seed -> tables
+    same = {}                                             # experiment -> its tables, one a seed
     for folder, where, info, settings, models in opened:
         rows = rows_of(args, folder, where, info, settings, models)
         report.print_table(rows, where, info)
-        same.setdefault(stored.experiment_of(folder, settings), []).append((folder, rows, where, info))
+        group = same.setdefault(stored.experiment_of(folder, settings), [])
+        group.append((folder, rows, where, info))
     for group in same.values():
         folders, tables, wheres, infos = zip(*group)
         if args.plot:

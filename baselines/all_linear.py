@@ -14,8 +14,14 @@ import torch
 import data
 import train_unimodal
 from harness import arguments, metrics, optim, runs
-from harness.models import load_unimodal, target_all_linear
+from harness.models import load_unimodal
 from lora import add_lora, lora_state_dict, mean_prob_loss
+
+
+def target_all_linear(encoder: torch.nn.Module) -> None:
+    """Let `add_lora` also find every linear layer of this encoder."""
+    names = [name for name, layer in encoder.named_modules() if type(layer) is torch.nn.Linear]
+    encoder.lora_targets = (*encoder.lora_targets, *names)
 
 
 def train(args, seed: int) -> runs.Run:

@@ -464,6 +464,7 @@ def unimodal_settings(args, modality: str, seed: int, info: dict) -> dict:
         start = of_modality(args.pretrained, modality)
         asked = dict(epochs=args.epochs, lr=args.lr, pretrained=start, pretrained_sha256=start,
                      sizes=start)
+        say_what_stays(args, folder, before)
         fixed = ("dataset", "encoder", "seed", "classes", "samples")
         for key, value in before.items():
             if key not in fixed and asked.get(key) is None:
@@ -471,6 +472,15 @@ def unimodal_settings(args, modality: str, seed: int, info: dict) -> dict:
         if "micro_batch" not in before:                   # it only saves memory
             settings.pop("micro_batch", None)
     return settings
+
+
+def say_what_stays(args, folder: Path, before: dict) -> None:
+    """One line where the finished step 1 has not what the command line says of all training."""
+    asked = dict(batch_size=args.batch_size, precision=args.precision, drop_path=args.drop_path)
+    for key, value in asked.items():
+        if value is not None and key in before and before[key] != value:
+            name = key.replace("_", " ")
+            print(f"{folder}: taken as it is, its {name} is {before[key]}, not {value}")
 
 
 def of_step_1(args) -> argparse.Namespace:

@@ -23,8 +23,9 @@ SOURCES = {path: path.read_bytes() for path in [*PROJECT.glob("*.py"), *PROJECT.
 # The encoders reach a script through the harness, so they are added by hand.
 ALWAYS = [PROJECT / "encoders.py"]
 
-# These do not change what a training run computes from its settings. The models of step 1 stand in
-# the settings of a joint run, by their hash.
+# These do not change what a training run computes from its settings (drop path and an encoder's
+# sizes, which models.py applies, are settings). The models of step 1 stand in the settings of a
+# joint run, by their hash.
 NOT_THE_METHOD = {"harness/arguments.py", "harness/runs.py", "harness/models.py",
                   "harness/report.py", "harness/fingerprint.py", "harness/files.py",
                   "harness/stored.py", "harness/calibration.py", "harness/compare.py",

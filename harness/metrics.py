@@ -21,14 +21,15 @@ FUSIONS = ("prob", "logits", "entropy")
 def predict(forward, models, split: data.Split, device: str, settings: dict, index=None) -> dict:
     """`forward(x)`, a dict of tensors (B, ...), for a whole split or its samples `index`.
 
-    Not augmented, in eval mode; -> name -> (N, ...), float32 on the CPU.
+    Not augmented, in eval mode; -> name -> (N, ...), float32 on the CPU. At most 256 samples at a
+    time, with --micro-batch so many.
     """
     training = models.training
     models.eval()
     if index is None:
         index = torch.arange(len(split))
     out = {}
-    for part in index.split(256):
+    for part in index.split(min(256, settings.get("micro_batch", 256))):
         x, _ = data.inputs(split, part, models, device, settings)
         for name, tensor in forward(x).items():
             out.setdefault(name, []).append(tensor.float().cpu())

@@ -130,12 +130,6 @@ def set_drop_path(model: nn.Module, settings: dict) -> None:
                 block.drop_path = settings["drop_path"] * i / last
 
 
-def target_all_linear(encoder: nn.Module) -> None:
-    """Let `add_lora` also find every linear layer of this encoder (`baselines/all_linear.py`)."""
-    names = [name for name, layer in encoder.named_modules() if type(layer) is nn.Linear]
-    encoder.lora_targets = (*encoder.lora_targets, *names)
-
-
 def fold_temperatures(tensors: dict, models: nn.ModuleDict) -> None:
     """Into the heads, in place: z / T = (W / T) h + b / T (`baselines/small.py`)."""
     for m, model in models.items():
@@ -202,8 +196,9 @@ def load_run(folder: Path, info: dict, encoders_only=False) -> tuple[dict, nn.Mo
                                  " command that made it again")
             fill(models, file.parent)
     for m in settings.get("lora") or ():
-        if settings["method"] == "all_linear":
-            target_all_linear(models[m].encoder)
+        if settings["method"] == "all_linear":            # which layers that are, its file says
+            encoder = models[m].encoder
+            encoder.lora_targets = (*encoder.lora_targets, *layers_with_lora(folder, m))
         add_lora(models[m], settings["rank"])
     missing, unexpected = fill(models, folder)
     if adapted:                                           # the rest came from the uni-modal runs
@@ -211,6 +206,15 @@ def load_run(folder: Path, info: dict, encoders_only=False) -> tuple[dict, nn.Mo
     wrong = [n for n in missing + unexpected if ".encoder." in n or not encoders_only]
     check_names(folder / "model.safetensors", wrong, [])
     return settings, models.eval()
+
+
+def layers_with_lora(folder: Path, modality: str) -> tuple[str, ...]:
+    """The names of the layers of an encoder for which a run has stored A."""
+    names, start, end = [], f"{modality}.encoder.", ".lora_A"
+    for name in files.read_tensors(folder / "model.safetensors")[0]:
+        if name.startswith(start) and name.endswith(end):
+            names.append(name.removeprefix(start).removesuffix(end))
+    return tuple(names)
 
 
 def predict(models, split, device: str, settings: dict) -> dict:

@@ -286,7 +286,7 @@ def lock(file: Path) -> None:
     while True:
         try:
             return locks.lock(file)
-        except ValueError:                                # another one has it, for some milliseconds
+        except ValueError:                                # another one writes, for milliseconds
             time.sleep(0.05)
 
 

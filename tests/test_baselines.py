@@ -239,7 +239,7 @@ def test_options_are_settings_and_part_of_the_name(script):
     assert options["alpha"] == 0.5 and options["no_ge"] is True and options["conv_only"] is False
 
 
-def test_a_run_that_is_killed_while_it_is_tested_trains_nothing_again(script, monkeypatch, tmp_path):
+def test_a_run_killed_while_it_is_tested_trains_nothing_again(script, monkeypatch, tmp_path):
     def die(*a):
         raise KeyboardInterrupt
     whole = script("concat", out=tmp_path / "whole")

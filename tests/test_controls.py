@@ -85,6 +85,16 @@ def test_all_linear_layers_have_lora(copied, root):
     as_stored(copied, run, root)
 
 
+def test_a_finished_step_1_says_what_it_has_not(copied, root):
+    words = [*ONE, "--batch-size", 100, "--precision", "fp32"]
+    printed = call("baselines.full_ume", *words, out=copied, root=root)
+    told = [line for line in printed.splitlines() if "taken as it is" in line]
+    config = json.loads((copied / "toy/unimodal-audio-s0/config.json").read_text())
+    before = config["settings"]["batch_size"]
+    assert told == [f"{copied}/toy/unimodal-{m}-s0: taken as it is, its batch size is {before},"
+                    " not 100" for m in ("audio", "visual")]
+
+
 def test_longer_umft_trains_all_weights_each_on_its_own(copied, root, monkeypatch):
     seen, count = [], runs.Run.count
 

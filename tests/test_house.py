@@ -348,8 +348,10 @@ IDEA = {
 {STORES_ALL}
 -    arguments.add_step_1(p)""",
     "all_linear": f"""\
--from harness.models import load_unimodal
-+from harness.models import load_unimodal, target_all_linear
++def target_all_linear(encoder: torch.nn.Module) -> None:
++    names = [name for name, layer in encoder.named_modules() if type(layer) is torch.nn.Linear]
++    encoder.lora_targets = (*encoder.lora_targets, *names)
++
 {MMLORA}
 +{SETTINGS}'all_linear', unimodal, tune='lora', lora=lora, fusion='prob')
 +            target_all_linear(models[m].encoder)""",

@@ -502,12 +502,13 @@ def test_evaluate_without_a_modality_and_by_entropy(base, root, monkeypatch):
 def test_predictions_do_not_depend_on_the_batch(root):
     torch.manual_seed(0)
     split, recipe = data.Split(root / "toy-s0", "test"), settings.settings_for("toy")
-    logits = {}
+    logits, seen = {}, []
     for m, encoder in (("audio", "audio_vit_toy"), ("visual", "resnet18")):     # BatchNorm, too
         models = nn.ModuleDict({m: UnimodalModel(build(encoder), 8)}).train()
 
         def forward(x):
             assert not models[m].training
+            seen.append(len(x[m]))
             return {m: models[m](x[m])}
 
         def predict(index=None):
@@ -517,6 +518,10 @@ def test_predictions_do_not_depend_on_the_batch(root):
         for size in (1, 17):
             apart = torch.cat([predict(index) for index in torch.arange(40).split(size)])
             torch.testing.assert_close(apart, whole[:40], rtol=1e-4, atol=1e-4)
+        recipe = settings.settings_for("toy") | dict(micro_batch=16)
+        seen.clear()
+        torch.testing.assert_close(predict(), whole, rtol=1e-4, atol=1e-4)
+        assert max(seen) == 16                                 # a small memory stays small
         logits[m] = whole
     for rule in metrics.FUSIONS:
         for multilabel in (False, True):
