@@ -33,6 +33,7 @@ def train(args, seed: int) -> runs.Run:
     folder, info = arguments.open_data(args, seed)
     lr = parts.lr_of(args.optimizer)
     settings = arguments.joint_settings(args, seed, info, "concat", lr=lr, options=OPTIONS)
+    settings |= parts.decay_of(args.optimizer)
     run = runs.Run(args, arguments.run_name(args, settings), settings, folder, info, __file__)
     if run.finished:
         return run

@@ -98,6 +98,7 @@ def train(args, seed: int) -> runs.Run:
                          " each takes one turn")
     lr = parts.lr_of(args.optimizer)
     settings = arguments.joint_settings(args, seed, info, "mla", lr=lr, options=OPTIONS)
+    settings |= parts.decay_of(args.optimizer)
     run = runs.Run(args, arguments.run_name(args, settings), settings, folder, info, __file__)
     if run.finished:
         return run

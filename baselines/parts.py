@@ -14,6 +14,7 @@ from harness import metrics
 from harness.models import family_of, load_unimodal, pretrained_model
 
 SGD_LR = 0.03      # ours
+SGD_DECAY = 1e-4   # of OGM-GE, PMR and MLA
 
 
 # ---- Models ----
@@ -87,6 +88,11 @@ def add_optimizer(p) -> None:
 def lr_of(optimizer: str) -> float | None:
     """The default learning rate; None: that of joint training, which is AdamW's."""
     return SGD_LR if optimizer == "sgd" else None
+
+
+def decay_of(optimizer: str) -> dict:
+    """SGD's weight decay, as a setting. At these rates AdamW's would pull the weights to zero."""
+    return dict(weight_decay=SGD_DECAY) if optimizer == "sgd" else {}
 
 
 # ---- What a run stores ----

@@ -125,6 +125,7 @@ def train(args, seed: int) -> runs.Run:
     parts.one_label("pmr", args, info)
     lr = parts.lr_of(args.optimizer)
     settings = arguments.joint_settings(args, seed, info, "pmr", lr=lr, options=OPTIONS)
+    settings |= parts.decay_of(args.optimizer)
     run = runs.Run(args, arguments.run_name(args, settings), settings, folder, info, __file__)
     if run.finished:
         return run

@@ -178,12 +178,13 @@ def test_step_1_and_step_3_get_the_same_share(root, tmp_path, monkeypatch):
 def test_sgd(method, root, tmp_path, monkeypatch):
     def stop(name, models, lr, weight_decay):
         optimizer = real(name, models, lr, weight_decay)
-        raise ValueError(f"{type(optimizer).__name__} {lr:g}")
+        decay = optimizer.param_groups[0]["weight_decay"]
+        raise ValueError(f"{type(optimizer).__name__} {lr:g} {decay:g}")
     real = optim.make_optimizer
     monkeypatch.setattr(optim, "make_optimizer", stop)
     where = dict(out=tmp_path, root=root)
-    assert error(f"baselines.{method}", "--optimizer", "sgd", **where) == "error: SGD 0.03"
-    assert error(f"baselines.{method}", **where) == "error: AdamW 0.003"
+    assert error(f"baselines.{method}", "--optimizer", "sgd", **where) == "error: SGD 0.03 0.0001"
+    assert error(f"baselines.{method}", **where) == "error: AdamW 0.003 0.05"
 
 
 def test_fixed_blending_weights(root, tmp_path, monkeypatch):
