@@ -59,6 +59,10 @@ def read_clip(args, source: dict, info: dict, models) -> data.Split:
             rest = [f"{n}={source[n]}" for n in source if n != m and kinds[n] != "text"]
             hint = f"; without {m}: --clip {' '.join(rest)}" if rest else ""
             raise ValueError(f"{m}: {error}{hint}") from None
+    for m, array in row.items():
+        if list(array.shape) != info["shapes"][m]:
+            raise ValueError(f"{m}: prepared, it is {list(array.shape)}, but {info['name']} holds"
+                             f" {info['shapes'][m]}: arrays of your own need clips of your own")
     one = {m: array[None] for m, array in row.items()}
     return data.Split.of(kinds, one, torch.zeros(1, dtype=torch.int64))
 
@@ -68,7 +72,7 @@ def tokenizer_of(args, info: dict, encoder):
     there = [info["tokenizer"], *(info.get("other_tokenizers") or [])]
     learnt = next(known for known in there if known["kind"] == encoder.tokenizer)
     tokenizer = media.tokenizer(args, media.VOCABULARIES[learnt["kind"]])
-    if tokenizer.fingerprint != learnt["fingerprint"]:
+    if learnt.get("fingerprint") not in (None, tokenizer.fingerprint):
         raise ValueError(f"{info['name']} was prepared with another vocabulary than this one:"
                          " name its files, --tokenizer FILE")
     return tokenizer

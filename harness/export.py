@@ -10,10 +10,11 @@ from pretrained import checkpoints, formats
 
 CONFIG = "with the original's config.json"
 READERS = {ViT: "open_clip.create_model(..., pretrained=FILE)",
-           AudioViT: "ImageBind, imagebind_huge().load_state_dict(torch.load(FILE))",
+           AudioViT: "ImageBind, imagebind_huge().load_state_dict(LOAD(FILE))",
            BERT: f"transformers, BertModel.from_pretrained(FOLDER) {CONFIG}",
            DeBERTa: f"transformers, DebertaModel.from_pretrained(FOLDER) {CONFIG}",
-           ResNet: "torchvision, resnet...().load_state_dict(torch.load(FILE), strict=False)"}
+           ResNet: "torchvision, resnet...().load_state_dict(LOAD(FILE), strict=False)"}
+LOAD = {".safetensors": "safetensors.torch.load_file"}    # other files: torch.load
 
 
 def write(folder: Path, info: dict, settings: dict, models, target: Path) -> None:
@@ -22,6 +23,7 @@ def write(folder: Path, info: dict, settings: dict, models, target: Path) -> Non
     if target.exists():
         raise ValueError(f"{target} exists already: export to a new folder")
     partial, told = target.with_name(target.name + ".partial"), []
+    shutil.rmtree(partial, ignore_errors=True)            # of an export that was killed
     try:
         for m, model in models.items():
             name = settings["encoders"][m] if "encoders" in settings else settings["encoder"]
@@ -31,8 +33,9 @@ def write(folder: Path, info: dict, settings: dict, models, target: Path) -> Non
             checkpoints.export_public(encoder, partial / m / file, source)
             classes = {"classes": json.dumps(info["classes"])}
             files.write_tensors(partial / m / "head.safetensors", model.head.state_dict(), classes)
+            load = LOAD.get(Path(file).suffix, "torch.load")
             told.append(f"{target / m / file}: encoder {name}, {note};"
-                        f" for {READERS[type(encoder)]}")
+                        f" for {READERS[type(encoder)].replace('LOAD', load)}")
             if isinstance(encoder, ViT) and encoder.blocks[0].activation is quick_gelu:
                 told.append("its activation is QuickGELU: open_clip needs force_quick_gelu=True")
             told.append(f"{target / m / 'head.safetensors'}: linear layer on its features,"

@@ -77,7 +77,7 @@ def check_vocabulary(name: str, encoder: nn.Module, folder: Path, info: dict) ->
     """ValueError where the data hold token ids of another vocabulary than the folder's own."""
     learnt, own = vocabulary_of(name, info), configs.tokenizer_in(folder, encoder.tokenizer)
     rows = encoder.words.num_embeddings
-    if own is None:                                       # the size alone tells something
+    if own is None or "fingerprint" not in learnt:        # the size alone tells something
         same, what = learnt["vocab_size"] == rows, f"knows {rows} tokens"
     else:
         same, what = own.fingerprint == learnt["fingerprint"], "has a vocabulary of its own"

@@ -141,7 +141,7 @@ def head(run) -> str:
     encoders = [f"{m} {name}" for m, name in stored.encoders_of(settings).items()]
     best = run.result["best_epoch"]
     stayed = ""
-    if best == 0 and "ume" in run.result:
+    if best == 0 and "ume" in run.result and settings["fusion"] == "prob":
         stayed = " Training did not improve on UME: the chosen epoch is 0, so the two are the same."
     return (f"<h1>{escape(name_of(run))} on {escape(info['name'])}</h1>"
             f"<p class=dim>{escape(str(run.folder))}<br>{escape(', '.join(told + encoders))}<br>"
@@ -153,7 +153,7 @@ def head(run) -> str:
 def result(run) -> str:
     """The table at the end of training, with all groups."""
     rows, info = report.closing_rows([run]), run.info
-    n = len((run.data_folder / "test" / "ids.txt").read_text().splitlines())
+    n = len(data.Split(run.data_folder, "test"))
     groups = ["f1_macro"] if info["multilabel"] else list(rows[0][1][0][0].get("groups", {}))
     heading, lines = report.cells(rows, n, info, groups)
     body = []

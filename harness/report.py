@@ -144,7 +144,7 @@ def print_table(rows: list, folder: Path, info: dict) -> None:
     mean alone.
     """
     seeds = len(rows[0][1])
-    n = len((folder / "test" / "ids.txt").read_text().splitlines())
+    n = len((folder / "test" / "ids.txt").read_text(encoding="utf-8").splitlines())
     print(f"\n{info['name']}, test split, {n} samples, {len(info['classes'])} classes.")
     if seeds > 1:
         print(f"Mean +- standard deviation of {seeds} seeds.")

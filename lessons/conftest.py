@@ -33,7 +33,10 @@ def answer(request):
 def pytest_runtest_makereport(item, call):
     """Of a check that failed only its message. An error in the answer keeps its traceback."""
     report = yield
-    if call.excinfo and call.excinfo.errisinstance(AssertionError):
+    if call.excinfo is None or not call.excinfo.errisinstance(AssertionError):
+        return report
+    answer = item.path.name.removeprefix("test_")
+    if not any(entry.path.name == answer for entry in call.excinfo.traceback):
         message = str(call.excinfo.value).split("\nassert ")[0]
         report.longrepr = textwrap.fill(message, 88)
     return report

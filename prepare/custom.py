@@ -45,7 +45,7 @@ MODALITIES = {"visual": "frames", "audio": "audio", "text": "text", "flow": "flo
 
 def is_line(text) -> bool:
     """A text of one line, and not half of a character, as an escape in JSON may be."""
-    if not isinstance(text, str) or not text.strip() or len(text.splitlines()) > 1:
+    if not isinstance(text, str) or not text.strip() or text.splitlines() != [text]:
         return False
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 

@@ -91,9 +91,12 @@ def ffmpeg(path: Path, options: list[str], chunk: int, span=None):
             process.kill()
         if process.returncode == -signal.SIGKILL:
             raise ValueError(f"{path}: ffmpeg took over {SECONDS} s, or all memory; cut the file")
+        log.seek(0)
+        told = log.read(2000).decode(errors="replace").strip()
+        if re.search("partial file|ended prematurely", told):     # ffmpeg itself goes on, with 0
+            raise ValueError(f"{path} is cut short: fetch it again")
         if process.returncode:
-            log.seek(0)
-            reason = log.read(2000).decode(errors="replace").strip().split("\n")[0]
+            reason = told.split("\n")[0]
             if "not on whitelist" in reason:
                 reason = "not one of the formats that hold sound and pictures themselves"
             raise ValueError(f"{path}: ffmpeg cannot read it ({reason})")
@@ -156,8 +159,14 @@ def read_pcm(path: Path) -> tuple[torch.Tensor, int]:
         rate, channels, width = file.getframerate(), file.getnchannels(), file.getsampwidth()
         if width > 4:
             raise wave.Error(f"{width} bytes a sample")
-        there = path.stat().st_size // (channels * width)     # whatever the header says
-        data = np.frombuffer(file.readframes(min(file.getnframes(), there)), np.uint8)
+        promised, there = file.getnframes(), path.stat().st_size // (channels * width)
+        if min(promised, there) > HOURS * 3600 * rate:
+            raise ValueError(f"{path}: more than {HOURS} hours of sound; cut it")
+        data = np.frombuffer(file.readframes(min(promised, there)), np.uint8)
+    # A program that writes into a pipe does not know the length: it promises 2 or 4 GiB.
+    in_a_pipe = promised * channels * width > 2 ** 31 - 2 ** 16
+    if len(data) // (channels * width) < promised - rate / 10 and not in_a_pipe:
+        raise ValueError(f"{path} is cut short: fetch it again")
     whole = len(data) // (channels * width) * channels * width
     first = data[:whole].reshape(-1, channels, width)[:, 0]     # (n, bytes), lowest byte first
     if width == 1:

@@ -45,7 +45,7 @@ WORLDS = {
     "toy": dict(VARYING, shows="other things"),
     "toy_mismatched": dict(VARYING, shows="other creatures"),
     # mimics: (whose call, whose silhouette); weight: how frequent a class is; spoilt: the chance
-    # of a recording that one can hardly hear, or see. Only creatures without mimics have noise.
+    # of a recording that one can hardly hear, or see. Only creatures without mimics can be spoilt.
     "toy_mimics": dict(mimics=[(0, 2), (0, 3), (1, 2), (1, 3)],
                        weight=[2] * 4 + [4] * 4 + [1] * 4,
                        spoilt=[0.0] * 4 + [0.1] * 4 + [0.0] * 4,

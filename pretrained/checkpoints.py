@@ -97,7 +97,7 @@ def download(name, folder="checkpoints"):
                 print(f"{url}: {error}; fetching the whole file, {gigabytes} GB instead of {part}",
                       flush=True)
         remote.fetch_file(file, whole, sha256)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException, remote.NoParts) as error:
         later = ", or run this again: it goes on" if list(path.parent.glob("*.partial")) else ""
         raise ConnectionError(f"cannot download {url} ({gigabytes} GB): {error};"
                               f" fetch it elsewhere and put it at {whole}{later}") from error

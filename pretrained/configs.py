@@ -108,6 +108,11 @@ def sizes_of_text(file: Path, family: str, config: dict) -> dict:
         if config.get(key, default) != ours:
             raise ValueError(f"{file}: {key} is {config.get(key, default)!r:.60}, our"
                              f" {FAMILIES[family].__name__} has {ours}")
+    dropout = config.get("hidden_dropout_prob", 0.1)
+    of_attention = config.get("attention_probs_dropout_prob", 0.1)
+    if of_attention != dropout:
+        raise ValueError(f"{file}: attention_probs_dropout_prob is {of_attention!r:.60}, and"
+                         f" hidden_dropout_prob {dropout!r:.60}: ours are one")
     length = needed(config, "max_position_embeddings", file)
     if family == "deberta":
         terms = config.get("pos_att_type")
@@ -121,7 +126,7 @@ def sizes_of_text(file: Path, family: str, config: dict) -> dict:
                 depth=needed(config, "num_hidden_layers", file),
                 heads=needed(config, "num_attention_heads", file),
                 mlp_width=needed(config, "intermediate_size", file),
-                max_length=length, dropout=config.get("hidden_dropout_prob", 0.1))
+                max_length=length, dropout=dropout)
 
 
 def sizes_of_vit(file: Path, config: dict) -> dict:

@@ -11,6 +11,7 @@ from safetensors import safe_open
 # The names that the hub uses: open_clip's first, then transformers'.
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin",
            "model.safetensors", "pytorch_model.bin")
+WEB_PAGE = re.compile(rb"\s*<(!|\?xml|html|head)", re.IGNORECASE)
 ONE_FILE = "take a repository with all weights in one file"
 TORCHSCRIPT = ("is a TorchScript archive, a program and not only weights: of OpenAI's CLIP take the"
                " open_clip_* file of timm/vit_base_patch16_clip_224.openai on the hub")
@@ -72,11 +73,11 @@ def check_numbers(path: Path, name: str, tensor: torch.Tensor) -> None:
 def refuse(path: Path, is_zip: bool) -> None:
     """Raises ValueError for a file that is no checkpoint, or not a whole one."""
     with path.open("rb") as file:
-        head = file.read(64).lstrip()
+        head = file.read(64)
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a Git LFS pointer, not the checkpoint itself:"
                          " fetch it with `git lfs pull`")
-    if head.startswith(b"<"):
+    if WEB_PAGE.match(head):
         raise ValueError(f"{path} is a web page, not a checkpoint: check the address it came from")
     if re.search(r"-\d+-of-\d+\.\w+$", path.name):
         raise ValueError(f"{path} is one shard of several: {ONE_FILE}")

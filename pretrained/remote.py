@@ -27,7 +27,7 @@ import safetensors.torch
 import torch
 from tqdm import tqdm
 
-from pretrained.formats import unwrap
+from pretrained.formats import WEB_PAGE, unwrap
 
 BLOCK = 2**16        # bytes to fetch at least, while the index is read
 CHUNK = 2**18        # bytes to write at a time
@@ -204,6 +204,7 @@ def zip_index(remote: RemoteFile) -> dict[str, Place]:
                 continue
             is_tensor = "/data/" in record.filename
             archive.writestr(record.filename, b"" if is_tensor else whole.read(record))
+            # An empty record has its data where the archive ends now: torch says that place.
             records[archive.start_dir] = record
     small.seek(0)
     state = torch.load(small, map_location="meta", weights_only=True)
@@ -257,10 +258,17 @@ def fetch_file(remote: RemoteFile, path: Path, sha256: str | None = None) -> Non
     """Write the whole file to `path`. sha256: its first digits, where they are known."""
     partial = partial_file(remote, path)
     sha256 = sha256 or remote.sha256
+    if remote.size is None and (sha256 is None or remote.reply.status == 206):
+        raise OSError("the server does not say how large it is, so nobody knows when it is whole")
     if remote.parts:
         fetch(remote, [(0, remote.size)], partial)
     else:
         fetch_at_once(remote, partial)
+    with open(partial, "rb") as file:
+        head = file.read(64)
+    if WEB_PAGE.match(head):
+        partial.unlink()
+        raise OSError("the server sent a web page instead")
     if sha256:
         with open(partial, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()[:len(sha256)]

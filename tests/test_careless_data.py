@@ -312,7 +312,7 @@ NO_LENGTH = riff(tone())[:16] + b"\xff\xff\xff\x7f" + riff(tone())[20:]     # F4
 
 
 @pytest.mark.parametrize("key, content", [
-    ("audio", NO_LENGTH), ("audio", riff(tone(), rate=0)),
+    ("audio", NO_LENGTH), ("audio", riff(tone())[:8000]), ("audio", riff(tone(), rate=0)),
     ("audio", riff(tone(), rate=2 ** 32 - 1)),
     ("audio", riff(tone(), rate=7)), ("audio", riff(tone())[:30]), ("audio", b"RIFF"),
     ("audio", riff(tone(), bits=40)), ("audio", b"no sound"), ("audio", riff(tone()[:9])),
@@ -350,6 +350,27 @@ def test_what_a_decoder_raises_counts_against_the_item(tmp_path, monkeypatch, ki
     with pytest.raises(ValueError, match=r"3\.png: ('Huffman|MemoryError)") as raised:
         prepare(write_index(tmp_path, "visual", {}))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="it needs the ffmpeg program")
+def test_a_cut_film_is_told_from_a_whole_one(tmp_path, suffix):
+    """ffmpeg reads what is there and ends with 0."""
+    film, faststart = tmp_path / f"film.{suffix}", ["-movflags", "+faststart"]
+    make = ["-f", "lavfi", "-i", "testsrc=size=64x64:rate=10:duration=6", "-f", "lavfi", "-i",
+            "sine=duration=6", *(faststart if suffix == "mp4" else []), str(film)]
+    subprocess.run(["ffmpeg", "-nostdin", "-v", "error", *make], check=True)
+    assert len(media.read_wave(film)) > 5 * 16000
+    film.write_bytes(film.read_bytes()[:film.stat().st_size // 2])
+    with pytest.raises(ValueError, match=f"film.{suffix} is cut short"):
+        media.read_wave(film)
+
+
+def test_a_sound_of_hours_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(media, "HOURS", 1e-4)
+    (tmp_path / "x.wav").write_bytes(riff(tone()))
+    with pytest.raises(ValueError, match="more than 0.0001 hours"):
+        media.read_wave(tmp_path / "x.wav")
 
 
 def test_sound_at_odd_rates(tmp_path):
@@ -472,6 +493,8 @@ def test_names_that_no_data_set_may_have(tmp_path, name):
     b'{"id": "a\\u2028b", "split": "train", "label": "x", "text": ""}',
     b'{"id": "a", "split": "train", "label": "x\\n"',
     b'{"id": "a", "split": "train", "label": "x\\ry", "text": ""}',
+    b'{"id": "a\\n", "split": "train", "label": "x", "text": "t"}',
+    b'{"id": "a", "split": "train", "label": "x\\u2028", "text": "t"}',
     b'{"id": 1' + b"1" * 5000 + b"}"])
 def test_lines_that_cannot_be_stored(tmp_path, line):
     (tmp_path / "i.jsonl").write_bytes(line + b"\n")

@@ -30,7 +30,7 @@ from harness import export
 from harness.models import load_run, new_model
 from lora import merge_lora
 from paper import settings
-from pretrained import checkpoints, configs, remote
+from pretrained import checkpoints, configs, formats, remote
 from pretrained.checkpoints import (PUBLIC, Public, download, export_public, load_folder,
                                     load_public, place, public_names, public_state)
 from pretrained.tokenizer import load_tokenizer
@@ -245,7 +245,9 @@ def test_weights_that_are_no_numbers_to_go_on_from(value, tmp_path):
     ("bert", "num_hidden_layers", 2 ** 31, "depth is 2147483648, but it is a number from 1 to 200"),
     ("bert", "vocab_size", "67", "vocab_size is '67'"),
     ("bert", "hidden_size", [], r"width is \[\]"),
-    ("bert", "hidden_dropout_prob", 2, "dropout is 2"), ("bert", "model_type", [], r"holds '\[\]'"),
+    ("bert", "hidden_dropout_prob", 2, "hidden_dropout_prob 2"),
+    ("bert", "attention_probs_dropout_prob", 0.5, "prob is 0.5, and hidden_dropout_prob 0.*: ours"),
+    ("bert", "model_type", [], r"holds '\[\]'"),
     ("bert", "num_attention_heads", 5, "a width of 32 does not divide into 5 heads"),
     ("deberta", "max_relative_positions", "x", "max_length is 'x'"),
     ("deberta", "pos_att_type", 7, "pos_att_type is 7, our"),
@@ -421,6 +423,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     server.stop     after so many bytes in all it sends nothing more
     server.lie      this is added to Content-Length
     server.shift    this is added to where a part begins, as it says
+    server.no_length    it does not say how large the file is
     """
     protocol_version = "HTTP/1.0"
 
@@ -441,10 +444,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if wanted and server.ranges:
             first, last = int(wanted[1]), min(int(wanted[2]) + 1, size)
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first + server.shift}-{last - 1}/{size}")
+            whole = "*" if server.no_length else size
+            self.send_header("Content-Range", f"bytes {first + server.shift}-{last - 1}/{whole}")
         else:
             self.send_response(200)
-        self.send_header("Content-Length", str(last - first + server.lie))
+        if not server.no_length:
+            self.send_header("Content-Length", str(last - first + server.lie))
         self.send_header("ETag", server.etag)
         self.end_headers()
         # OSError: the client has hung up.
@@ -468,7 +473,7 @@ def server(monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         httpd.files, httpd.asked, httpd.sent = {}, [], 0
         httpd.ranges, httpd.cut, httpd.stop, httpd.lie, httpd.shift = True, 10**12, 10**12, 0, 0
-        httpd.etag, httpd.linked = '"1"', None
+        httpd.etag, httpd.linked, httpd.no_length = '"1"', None, False
         httpd.address = f"http://127.0.0.1:{httpd.server_port}"
         threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
         yield httpd
@@ -664,6 +669,28 @@ def test_servers_that_lie(whole, server, tmp_path):
     server.files.clear()
     with pytest.raises(ConnectionError, match="404"):
         whole()
+
+
+def test_a_reply_that_is_no_file(whole, server, tmp_path):
+    (tmp_path / "content").write_bytes(b"<!DOCTYPE html><html>log in first</html>")
+    with pytest.raises(ConnectionError, match="sent a web page instead"):
+        whole()
+    assert not list(tmp_path.glob("resnet18/*"))
+    for server.ranges in (False, True):
+        server.no_length = True
+        with pytest.raises(ConnectionError, match="does not say how large it is"):
+            whole()
+
+
+def test_a_header_that_looks_like_a_web_page(tmp_path):
+    """A .safetensors file begins with the length of its header: b" <" is one, too."""
+    file = tmp_path / "model.safetensors"
+    header = b"{}".ljust(int.from_bytes(b" <", "little"))
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    formats.refuse(file, False)
+    file.write_bytes(b"\n<HTML><body>")
+    with pytest.raises(ValueError, match="is a web page"):
+        formats.refuse(file, False)
 
 
 def test_a_file_that_somebody_has_put_there_is_checked_once(whole, server, tmp_path, monkeypatch):

@@ -362,7 +362,15 @@ def test_export_merges_lora_and_loads_back(chain):
             assert torch.equal(f.get_tensor("bias"), adapted[m].head.bias)
         assert str(file) in printed
     assert "ImageBind" in printed and "open_clip" in printed
+    assert "safetensors.torch.load_file(FILE)" in printed and "torch.load(FILE)" not in printed
     assert "exists already" in told("--run", JOINT, "--export", "out/mine")
+
+
+def test_export_clears_away_what_a_killed_one_left(chain):
+    Path("out.partial/flow").mkdir(parents=True)
+    Path("out.partial/flow/of-another-run.pth").write_bytes(b"")
+    show("--run", JOINT, "--export", "out")
+    assert {file.name for file in Path("out").iterdir()} == {"audio", "visual"}
 
 
 def test_export_writes_all_or_nothing(chain, monkeypatch):

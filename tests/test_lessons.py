@@ -165,6 +165,16 @@ def test_every_check_notices_a_common_wrong_answer(tmp_path, capsys):
         assert said in told, (exercise, told)
 
 
+def test_an_assert_in_the_answer_keeps_its_traceback(tmp_path, capsys):
+    shutil.copytree(LESSONS / "solutions", tmp_path / "handed_in")
+    file = tmp_path / "handed_in/control.py"
+    file.write_text(file.read_text().replace("    return", "    assert 1 == 2\n    return"))
+    failed = [message for passed, message in
+              checked(capsys, "--answers", str(tmp_path / "handed_in"))["5_control"] if not passed]
+    assert failed and all("assert 1 == 2" in message and "control.py" in message
+                          for message in failed)
+
+
 def test_each_exercise_has_a_text_a_stub_and_an_answer():
     assert len(EXERCISES) == len(WRONG) == 8
     answers = {file.name for file in (LESSONS / "solutions").glob("*.py")}
