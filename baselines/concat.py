@@ -10,8 +10,8 @@ sum of uni-modal ones, z = sum_m (W_m h_m + b/M). Those are reported, too: they 
 joint training left behind.
 
 Where we differ from the authors' code, and why:
- 1. Of MMLoRA's authors there is no code. The learning rate is that of App. A.1. Epochs, schedule
-    and weight decay are those of uni-modal training: paper silent.
+ 1. Of MMLoRA's authors there is no code. The learning rate is that of App. A.1; of ResNets it is
+    ours. Epochs, schedule and weight decay are those of uni-modal training: paper silent.
  2. OGM-GE's re-initialises every convolution and linear layer after it has built the model, public
     weights included. We keep them.
  3. OGM-GE's has no validation split and reports the best epoch on test. We choose the epoch on

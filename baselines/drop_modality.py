@@ -5,8 +5,9 @@
     diff train_joint.py baselines/drop_modality.py            # one idea
 
 Under Eq. 3 the models leave things to each other. That is missed when one of them is away. Here
-each modality is away from a batch with probability --drop-modality. The loss is Eq. 3 of what is
-left: with two modalities a mix of Eq. 3 and of Eq. 1. All are never away.
+each modality is drawn away from a batch with probability r, --drop-modality. If none with LoRA is
+left, all stay. So of two with LoRA each is away with probability r (1 - r), and one that alone has
+LoRA never. The loss is Eq. 3 of what is left: with two modalities a mix of Eq. 3 and of Eq. 1.
 """
 import math
 
@@ -109,7 +110,7 @@ def parser():
     arguments.add_lora_arguments(p)
     arguments.add_step_1(p)
     p.add_argument("--drop-modality", type=arguments.rate, default=0.3, metavar="RATE",
-                   help="how often each modality is away from a batch; default: 0.3")
+                   help="how often each modality is drawn away from a batch; default: 0.3")
     return p
 
 

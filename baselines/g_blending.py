@@ -23,12 +23,13 @@ Where we differ from the authors' code, and why:
  2. LV is measured on a tenth of train, on which no copy and no model is trained. It is not measured
     on validation, which chooses the epoch, nor on test, as BalanceBenchmark does for most data
     sets. So the model is trained on a tenth fewer samples than in the other methods.
- 3. G_k < 0 (the held-out loss rose) counts as 0, and O_k^2 as at least 1e-4. Other implementations
-    (MultiBench, BalanceBenchmark) take absolute values, which rewards a head for getting worse. If
-    no head gained, all weigh the same.
+ 3. G_k < 0 (the held-out loss rose) counts as 0, and O_k^2 as at least 1e-4. BalanceBenchmark takes
+    |G_k|, which rewards a head for getting worse; MultiBench, by default, the held-out loss itself.
+    If no head gained, all weigh the same.
  4. Losses are means over samples, without augmentation and in eval mode. So the losses of two sets
     can be subtracted although the sets differ in size.
- 5. A copy has the learning rates of the epochs that it looks ahead to, and a fresh AdamW. A
+ 5. A copy has the learning rates of the epochs that it looks ahead to (of the schedule "plateau" the
+    present one), and a fresh AdamW. A
     super-epoch is 10 epochs, as in BalanceBenchmark. With two modalities, the copies make training
     about three times as long; the seconds of the log and of tables count them.
 """

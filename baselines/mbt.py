@@ -19,8 +19,9 @@ What one tower writes in a block the others read in the next block. So F = 1 exc
 although it has bottlenecks: a fair control. M >= 2 modalities, on ViT, AudioViT and BERT.
 
 Where we differ from the authors' code, and why:
- 1. It trains audio and video towers from ImageNet-21k weights. Ours are the encoders, the public
-    weights and the optimiser of all methods here.
+ 1. It trains audio and video towers from ImageNet-21k weights, with SGD (momentum, rate 0.5, cosine,
+    2.5 epochs of warm-up). Ours are the encoders, the public weights, the optimiser and the schedule
+    of all methods here.
  2. Towers may differ in width. b is as wide as the widest one. A narrower one gets a linear layer
     in and one back, the same two for all its blocks.
  3. There, frames become one sequence of 16 x 16 x 2 tubes, and 8 s of sound one picture. Our
@@ -28,7 +29,7 @@ Where we differ from the authors' code, and why:
     averaged over the views of a sample. So views meet in the bottleneck, too.
  4. We classify class tokens, as the paper does (of BERT: after its pooler). There one head is
     shared, which towers of different width can't do; each of ours has its own. Theirs starts from
-    W = 0, ours do not.
+    W = 0, ours do not. The last LayerNorm is shared there, and each tower's own here.
  5. Its released configuration has no class token: it averages all tokens. In its class-token mode
     there are n + 1 bottleneck tokens. We have n.
  6. The paper averages logits. Its code does so at test only, and in training it averages the
