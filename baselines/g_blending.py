@@ -28,8 +28,8 @@ Where we differ from the authors' code, and why:
     If no head gained, all weigh the same.
  4. Losses are means over samples, without augmentation and in eval mode. So the losses of two sets
     can be subtracted although the sets differ in size.
- 5. A copy has the learning rates of the epochs that it looks ahead to (of the schedule "plateau" the
-    present one), and a fresh AdamW. A
+ 5. A copy has the learning rates of the epochs that it looks ahead to (under "plateau" the present
+    one), and a fresh AdamW. A
     super-epoch is 10 epochs, as in BalanceBenchmark. With two modalities, the copies make training
     about three times as long; the seconds of the log and of tables count them.
 """

@@ -19,9 +19,9 @@ What one tower writes in a block the others read in the next block. So F = 1 exc
 although it has bottlenecks: a fair control. M >= 2 modalities, on ViT, AudioViT and BERT.
 
 Where we differ from the authors' code, and why:
- 1. It trains audio and video towers from ImageNet-21k weights, with SGD (momentum, rate 0.5, cosine,
-    2.5 epochs of warm-up). Ours are the encoders, the public weights, the optimiser and the schedule
-    of all methods here.
+ 1. It trains audio and video towers from ImageNet-21k weights, with SGD (momentum, rate 0.5,
+    cosine, 2.5 epochs of warm-up). Ours are the encoders, the public weights, the optimiser and the
+    schedule of all methods here.
  2. Towers may differ in width. b is as wide as the widest one. A narrower one gets a linear layer
     in and one back, the same two for all its blocks.
  3. There, frames become one sequence of 16 x 16 x 2 tubes, and 8 s of sound one picture. Our

@@ -28,8 +28,8 @@ Where we differ from the authors' code, and why:
     There, only the gradients stop.
  5. AdamW and epochs are those of all methods here, instead of BertAdam and up to 100 epochs. So
     there is no warm-up and no linear decay, and the rate is halved after the second flat epoch,
-    theirs after the third. The learning rate is 5e-5, as published. --freeze-image and --freeze-text
-    count epochs, as published, but of the 10 that we train on these data sets.
+    theirs after the third. The learning rate is 5e-5, as published. --freeze-image and
+    --freeze-text count epochs, as published, but of the 10 that we train on these data sets.
  6. For several labels a sample, it weights the positives of a class by N / frequency. We do not,
     in any method.
  7. Pictures are cropped and flipped at random in training, as in all methods here. There, they are

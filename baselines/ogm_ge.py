@@ -16,8 +16,8 @@ batch, between backward and step:
     g    <- k_m g + N(0, std(g)^2)                        GE: noise, as large as g was before
 
 Every encoder's gradients get the noise; the classifier is never modulated. With M = 2 this is as
-published: rho_a = s_a/s_v, rho_v = 1/rho_a, and the one below 1 gives k = 1. The minimum, for more modalities,
-is BalanceBenchmark's (GeWu-Lab/BalanceBenchmark); its score for three is another one.
+published: rho_a = s_a/s_v, rho_v = 1/rho_a, and the one below 1 gives k = 1. The minimum, for more
+modalities, is BalanceBenchmark's (GeWu-Lab/BalanceBenchmark); its score for three is another one.
 
 Where we differ from the authors' code, and why:
  1. It modulates parameters with four axes only: convolutions. In a ViT that is the patch embedding

@@ -21,9 +21,9 @@ Where we differ from the authors' code, and why:
  1. It has no PER (issues 4, 7, 9), and switches beta and gamma between 0 and 1. We follow the
     paper. The paper gives no number of epochs for PER: a tenth of all.
  2. It takes the first tenth of the batches for prototypes, and a class that is absent there becomes
-    NaN. We draw the tenth class by class, at least one sample of each, once for the whole run; where
-    theirs is shuffled, every epoch has another one. A class without any training sample has no
-    prototype and takes no part in the softmax.
+    NaN. We draw the tenth class by class, at least one sample of each, once for the whole run;
+    where theirs is shuffled, every epoch has another one. A class without any training sample has
+    no prototype and takes no part in the softmax.
  3. For some data sets it computes prototypes from validation or test samples. We take train only,
     without augmentation, in eval mode.
  4. AdamW and our schedule instead of SGD (--optimizer sgd). Momentum 0.2, alpha 1 and mu 1e-2 are

@@ -370,7 +370,7 @@ IDEA = {
 +            x, y = data.inputs(train_split, index, models, args.device, settings, rng)
 +            batch = (some_of(x, lora, args.drop_modality, rng), y)
 +    p.add_argument('--drop-modality', type=arguments.rate, default=0.3, metavar='RATE', \
-help='how often each modality is away from a batch; default: 0.3')""",
+help='how often each modality is drawn away from a batch; default: 0.3')""",
 }
 IDEA["separate_full"] = IDEA["full_ume"].replace("'full', unimodal", "'separate_full', unimodal")
 IDEA["separate_full"] = IDEA["separate_full"].replace("+from lora import mean_prob_loss\n", "")
