@@ -203,8 +203,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
-    if args.plot:
-        report.import_pyplot()
     arguments.check_device(args.device)
     arguments.each_once("run", [folder.resolve() for folder in args.run or []])
     if args.modality and not args.probe:
@@ -236,6 +234,8 @@ def main() -> None:
             raise ValueError("--temperature and --fusion weighted read stored logits: not with"
                              " --drop, --missing, --probe, --export or --plot")
         return from_logits.show_calibration(args)
+    if args.plot:
+        report.import_pyplot()                            # it may not be there
     if args.export and len(args.run or ()) != 1:
         raise ValueError("--export takes one --run")
     pretrained = args.probe and args.dataset and args.modality

@@ -236,14 +236,12 @@ class Run:
         # Not time.time(): somebody may set the clock.
         self.began, self.training_seconds = time.perf_counter(), 0.0
         self.seen, self.total, self.notes = 0, torch.zeros(2, device=self.device), {}
-        self.samples = 0
         self.step, self.losses = 0, []                        # (step, loss), not yet looked at
 
     def progress(self, batches: list, epoch: int):
         """The batches of one epoch, with a line on the screen. `break` may leave the loop."""
         began = time.perf_counter()
         self.seen, self.total, self.notes = 0, torch.zeros(2, device=self.device), {}
-        self.samples = 0
         if self.bar is None:
             done = (epoch - 1) * len(batches)
             self.bar = tqdm(total=self.settings["epochs"] * len(batches), initial=done,
@@ -253,7 +251,6 @@ class Run:
         try:
             for i, index in enumerate(batches):
                 self.step = i + 1
-                self.samples += len(index)
                 yield index
                 self.bar.update()
                 if i % 10 == 0:
@@ -316,7 +313,7 @@ class Run:
             return dict(loss=None, seconds=seconds)
         loss, right = (self.total / self.seen).tolist()
         notes = {name: sum(values) / len(values) for name, values in self.notes.items()}
-        speed = self.samples / max(self.training_seconds, 1e-9)
+        speed = self.seen / max(self.training_seconds, 1e-9)
         return dict(loss=loss, train=right, seconds=seconds, samples_per_second=speed, **notes)
 
     def check_losses(self, epoch: int) -> None:
