@@ -583,11 +583,11 @@ def main() -> None:
                   laziness=laziness_study, missing=missing_study, sgd=sgd_study)
         for study in ("main",) if world == CLIPS else args.studies:
             do[study](args, world)
+    if not args.tune:
+        tables.fill()
     if args.unknown:
         raise ValueError(f"--only {' '.join(sorted(args.unknown))}: no row of these worlds and"
                          " studies is called so")
-    if not args.tune:
-        tables.fill()
 
 
 if __name__ == "__main__":

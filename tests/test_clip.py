@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torchvision.io import write_png
 
 import data
-from harness import models
+from harness import clip, models
 from data import read_json
 from prepare import custom
 from pretrained import checkpoints
@@ -169,3 +169,17 @@ def test_a_toy_has_no_recordings(birds, tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(result))
     told = error("evaluate.py", "--run", tmp_path, "--clip", "talk.mp4", "--device", "cpu")
     assert "learnt toy, which no recording looks or sounds like" in told
+
+
+def test_a_clip_of_another_shape_than_the_arrays_is_refused(tmp_path):
+    """Arrays of one's own may have any shape, but a clip is prepared as `prepare` does."""
+    sound = wave.open(str(tmp_path / "a.wav"), "wb")
+    sound.setparams((1, 2, 16000, 0, "NONE", ""))
+    sound.writeframes(bytes(2 * 16000))
+    sound.close()
+    info = dict(name="mine", modalities={"audio": "audio"}, shapes={"audio": [1, 64, 100]})
+    source = {"audio": str(tmp_path / "a.wav")}
+    with pytest.raises(ValueError, match=r"it is \[1, 128, 204\], but mine holds \[1, 64, 100\]"):
+        clip.read_clip(None, source, info, None)
+    info["shapes"]["audio"] = [1, 128, 204]
+    assert len(clip.read_clip(None, source, info, None)) == 1

@@ -385,6 +385,7 @@ def test_two_studies_lose_no_row_of_each_other(measured):
     ("--only toy:mlora", "--only toy:mlora: no row"), ("--seeds 30 31 30", "each seed once")])
 def test_wrong_words_of_the_study(measured, monkeypatch, words, told):
     (measured / "rates.json").write_text(json.dumps({"toy": {"umft": dict(rate=0.001)}}))
+    monkeypatch.setattr(tables, "fill", lambda: None)
     monkeypatch.setattr("sys.argv", ["study", "--worlds", "toy", *words.split()])
     with pytest.raises(ValueError, match=told):
         study.main()

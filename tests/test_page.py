@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import wave
 from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -445,3 +447,13 @@ def test_mean_and_band():
     corners = axes.collections[0].get_paths()[0].vertices
     assert (corners[:, 1].min() == pytest.approx(2 - 2 ** 0.5)
             and corners[:, 1].max() == pytest.approx(5))
+
+
+def test_epoch_0_of_averaged_logits_is_not_called_ume():
+    """UME on the page averages probabilities, so that run is not the same as UME."""
+    settings = dict(method="logits", fusion="logits", encoders={"audio": "audio_vit_toy"})
+    run = SimpleNamespace(settings=settings, info=dict(name="toy"), folder=Path("runs/toy/x-s0"),
+                          result=dict(best_epoch=0, ume={}))
+    assert "so the two are the same" not in page.head(run)
+    settings["fusion"] = "prob"
+    assert "so the two are the same" in page.head(run)
